@@ -1,0 +1,62 @@
+"""``scfm.load``: point at a folder, a file or a hub id, get the model that lies there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from scfm.errors import InvalidArgumentError, MissingFileError, VersionError
+from scfm.models.base import FoundationModel
+from scfm.models.folder import inspect_folder
+from scfm.models.geneformer.checkpoint import load_geneformer
+from scfm.models.hub import resolve
+from scfm.models.nn.precision import resolve_device
+
+_SHIPPED = "scfm-mini"
+
+
+def load(
+    path: str | Path,
+    family: str | None = None,
+    variant: str | None = None,
+    dictionaries: str | Path | None = None,
+    genes: str | Path | list[str] | None = None,
+    version: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    *,
+    revision: str | None = None,
+    sha256: str | None = None,
+    trust_pickle: bool = False,
+) -> FoundationModel:
+    """Load a model: the authors' folder, a folder saved by scfm, or a hub id ("owner/name[/subfolder]").
+
+    dictionaries: Geneformer's token, median, name and mapping dictionaries (folder or token-dictionary file),
+    looked for beside the model when not given; version: "V1" or "V2" where no dictionary tells. dtype: of
+    matrix products, "auto" being bfloat16 where the hardware multiplies it natively, "float32" for exactness.
+    revision, sha256: pin a hub commit and the weights' checksum. trust_pickle: run the code that an old
+    checkpoint may hold; never done otherwise. family, variant and genes matter to other families only.
+    The model comes in evaluation mode; ``model.load_report`` accounts for every tensor. Raises a ScfmError
+    that names the file and the key.
+    """
+    if str(path) == _SHIPPED and not Path(path).exists():
+        raise MissingFileError(
+            "this version ships no pretrained model", path=_SHIPPED, hint="Give a folder or a hub id."
+        )
+    if family not in (None, "geneformer"):
+        raise VersionError(
+            f"family {family!r} is not supported by this version; it knows geneformer", path=path
+        )
+    for name, value in (("variant", variant), ("genes", genes)):
+        if value is not None:
+            raise InvalidArgumentError("is not used by Geneformer", where=name)
+    target = resolve_device(device)
+    resolved = resolve(path, revision=revision, sha256=sha256)
+    inspect_folder(resolved.folder)
+    model = load_geneformer(
+        resolved.folder, dictionaries=dictionaries, version=version, trust_pickle=trust_pickle
+    )
+    model.source = resolved.repo_id or str(resolved.folder)
+    model.revision = resolved.revision
+    return model.to(target).set_compute_dtype(dtype)

@@ -1,0 +1,49 @@
+"""A linear layer whose rows do not depend on their company, in float32 or bfloat16.
+
+Weights stay in float32 (they are what is saved and trained); a bfloat16 copy is made once, at the first use for
+inference. Matrix libraries switch algorithm for very few rows, and the last bit with it; products of fewer than
+16 rows are therefore padded to 16, which makes a row's result the same in any batch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MIN_ROWS = 16
+
+
+class Linear(nn.Module):
+    """y = x W^T + b. x: (T, in_features); W: float32 (out_features, in_features); y in ``compute_dtype``."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features))
+        self.compute_dtype = torch.float32
+        self._copy: tuple[tuple[int, int], Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return row_stable_linear(x, *self.weights())
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias in ``compute_dtype``; the copy is kept only where no gradient could need it."""
+        if self.compute_dtype == self.weight.dtype:
+            return self.weight, self.bias
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            return self.weight.to(self.compute_dtype), self.bias.to(self.compute_dtype)
+        version = (self.weight._version, self.bias._version)
+        if self._copy is None or self._copy[0] != version or self._copy[1].device != self.weight.device:
+            weight = self.weight.detach().to(self.compute_dtype)
+            self._copy = (version, weight, self.bias.detach().to(self.compute_dtype))
+        return self._copy[1], self._copy[2]
+
+
+def row_stable_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear`` in the weight's dtype, with at least MIN_ROWS rows in the product."""
+    x = x.to(weight.dtype)
+    rows = x.shape[0]
+    if rows >= MIN_ROWS:
+        return F.linear(x, weight, bias)
+    return F.linear(F.pad(x, (0, 0, 0, MIN_ROWS - rows)), weight, bias)[:rows]
