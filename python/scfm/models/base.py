@@ -25,7 +25,6 @@ class FoundationModel(nn.Module, ABC):
     vocab: Any
     load_report: LoadReport | None = None
     source: str | None = None  # the folder or hub id it was loaded from
-    revision: str | None = None  # the commit, when it came from a hub
 
     @property
     @abstractmethod

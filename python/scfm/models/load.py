@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from scfm.errors import InvalidArgumentError, MissingFileError, VersionError
+from scfm.errors import InvalidArgumentError, MissingFileError
 from scfm.models.base import FoundationModel
 from scfm.models.folder import inspect_folder
 from scfm.models.geneformer.checkpoint import load_geneformer
@@ -32,6 +33,8 @@ def load(
 ) -> FoundationModel:
     """Load a model: the authors' folder, a folder saved by scfm, or a hub id ("owner/name[/subfolder]").
 
+    A weights file with its config.json beside it works too.
+
     dictionaries: Geneformer's token, median, name and mapping dictionaries (folder or token-dictionary file),
     looked for beside the model when not given; version: "V1" or "V2" where no dictionary tells. dtype: of
     matrix products, "auto" being bfloat16 where the hardware multiplies it natively, "float32" for exactness.
@@ -44,19 +47,16 @@ def load(
         raise MissingFileError(
             "this version ships no pretrained model", path=_SHIPPED, hint="Give a folder or a hub id."
         )
-    if family not in (None, "geneformer"):
-        raise VersionError(
-            f"family {family!r} is not supported by this version; it knows geneformer", path=path
-        )
     for name, value in (("variant", variant), ("genes", genes)):
         if value is not None:
             raise InvalidArgumentError("is not used by Geneformer", where=name)
     target = resolve_device(device)
     resolved = resolve(path, revision=revision, sha256=sha256)
-    inspect_folder(resolved.folder)
+    found = inspect_folder(resolved.folder, family=family)
     model = load_geneformer(
-        resolved.folder, dictionaries=dictionaries, version=version, trust_pickle=trust_pickle
+        found.folder, found.weights, dictionaries=dictionaries, version=version, trust_pickle=trust_pickle
     )
-    model.source = resolved.repo_id or str(resolved.folder)
-    model.revision = resolved.revision
+    model.source = "/".join(filter(None, (resolved.repo_id, resolved.subfolder))) or str(found.folder)
+    if model.load_report is not None:
+        model.load_report = replace(model.load_report, revision=resolved.revision)
     return model.to(target).set_compute_dtype(dtype)

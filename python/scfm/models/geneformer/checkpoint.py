@@ -17,6 +17,7 @@ import torch
 
 from scfm.data.safe_pickle import load_json
 from scfm.errors import CheckpointError, InvalidArgumentError, MissingFileError
+from scfm.models.folder import FORMAT_VERSION
 from scfm.models.geneformer.config import GeneformerConfig
 from scfm.models.geneformer.model import Geneformer
 from scfm.models.geneformer.names import HEAD_PREFIX, IGNORED, TIED, authors_shapes, from_authors, to_authors
@@ -24,12 +25,12 @@ from scfm.models.load_report import fit_state
 from scfm.models.weights import Weights, read_weights, write_safetensors
 from scfm.tokenize.dictionaries import GeneformerDictionaries
 
-FORMAT_VERSION = 1
 _NO_HEAD = "the file holds an encoder without a masked-gene head"
 
 
 def load_geneformer(
     folder: Path,
+    weights_file: Path | None = None,
     *,
     dictionaries: str | Path | None = None,
     version: str | None = None,
@@ -41,7 +42,7 @@ def load_geneformer(
     """
     config = read_config(folder)
     vocab = GeneformerDictionaries.find(folder, dictionaries, version, vocab_size=config.vocab_size)
-    weights = read_weights(folder, trust_pickle=trust_pickle)
+    weights = read_weights(weights_file or folder, trust_pickle=trust_pickle)
     has_head = any(name.startswith(HEAD_PREFIX) for name in weights)
     state, report = fit_state(
         authors_shapes(config),

@@ -1,0 +1,83 @@
+"""What all verbs share: where text goes, progress bars, errors as exit codes, results as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from scfm.errors import ScfmError, ScfmWarning
+
+EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 3, 130
+
+console = Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def reporting(*, as_json: bool) -> Iterator[None]:
+    """Errors become one readable line (with --json a JSON object on stdout) and an exit code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", ScfmWarning)
+        warnings.showwarning = _show_warning
+        try:
+            yield
+        except ScfmError as error:
+            fail(error, as_json=as_json)
+        except KeyboardInterrupt:
+            console.print("interrupted; nothing partial was left under a final name")
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def fail(error: ScfmError, *, as_json: bool) -> None:
+    if as_json:
+        emit({"ok": False, "error": type(error).__name__, "code": error.code, "message": str(error)})
+    else:
+        console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
+        console.print(str(error), markup=False)
+    raise typer.Exit(EXIT_BAD_INPUT) from error
+
+
+def emit(result: dict[str, Any]) -> None:
+    """One JSON object on stdout: what --json promises."""
+    sys.stdout.write(json.dumps(result, default=str) + "\n")
+
+
+def say(text: str) -> None:
+    console.print(text, markup=False)
+
+
+@contextmanager
+def cell_progress(description: str, *, quiet: bool) -> Iterator[Callable[[int, int, int], None]]:
+    """A bar with cells/s, tokens/s and time left; the callback takes (cells done, in all, tokens done)."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.completed:,.0f} cells"),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=quiet,
+    ) as bar:
+        task = bar.add_task(description, total=None, speed="")
+        start = time.perf_counter()
+
+        def advance(done: int, total: int, tokens: int) -> None:
+            took = max(time.perf_counter() - start, 1e-9)
+            speed = f"{done / took:,.1f} cells/s, {tokens / took:,.0f} tokens/s"
+            bar.update(task, completed=done, total=total, speed=speed)
+
+        yield advance
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    if issubclass(category, ScfmWarning):
+        console.print(f"[yellow]note[/]: {message!s}", highlight=False)

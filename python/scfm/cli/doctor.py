@@ -1,0 +1,55 @@
+"""``scfm doctor``: what this machine offers and which path each computation will take."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from scfm.cli import options
+from scfm.cli.console import emit, reporting, say
+
+_PACKAGES = ("torch", "triton", "numpy", "anndata", "h5py", "safetensors", "scanpy", "huggingface-hub")
+
+
+def doctor(as_json: options.Json = False) -> None:
+    """Print versions, instruction sets, threads and the chosen paths."""
+    with reporting(as_json=as_json):
+        facts = machine_facts()
+        if as_json:
+            emit({"ok": True, **facts})
+            return
+        for name, value in facts.items():
+            shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+            say(f"{name:>18}: {shown}")
+
+
+def machine_facts() -> dict[str, Any]:
+    import torch
+
+    import scfm
+    from scfm import _native
+    from scfm.models.nn.precision import float32_path, resolve_device, resolve_dtype
+
+    device = resolve_device("auto")
+    return {
+        "scfm": scfm.__version__,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "instruction sets": ", ".join(_native.available_isas()),
+        "native path": _native.active_isa(),
+        "native threads": _native.get_num_threads(),
+        "torch threads": torch.get_num_threads(),
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "dtype auto": str(resolve_dtype("auto", device)).removeprefix("torch."),
+        "float32 products": float32_path(device),
+        "attention": "torch, one fused call a cell",
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,1 @@
+"""Tokenizers, one a family, thin over the native module."""

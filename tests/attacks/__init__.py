@@ -1,0 +1,1 @@
+"""Makers of hostile files. Nothing here runs an attack; each maker returns the bytes of a file."""

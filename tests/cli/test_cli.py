@@ -1,0 +1,110 @@
+"""The verbs end to end on a small model: results, --json, exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import scfm
+from scfm.cli.main import app
+
+runner = CliRunner()
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    result = runner.invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
+    return result.stdout
+
+
+def run_json(*arguments: object, code: int = 0) -> dict:
+    return json.loads(run(*arguments, "--json", code=code))
+
+
+@pytest.fixture
+def model(tiny_model, tmp_path) -> Path:
+    return tiny_model.save(tmp_path / "model")
+
+
+@pytest.fixture
+def data(tiny_adata, tmp_path) -> Path:
+    tiny_adata.write_h5ad(tmp_path / "cells.h5ad")
+    return tmp_path / "cells.h5ad"
+
+
+def test_embed_to_npy_and_to_a_copy(model, data, tiny_model, tmp_path) -> None:
+    facts = run_json("embed", data, "--model", model, "--out", tmp_path / "x.npy", "--dtype", "float32")
+    assert facts["ok"] and facts["shape"] == [40, 32] and facts["dtype"] == "float32"
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), tiny_model.embed(data))
+    run("embed", data, "-m", model, "-o", tmp_path / "out.h5ad", "--dtype", "float32", "--pooling", "mean", "-q")
+    np.testing.assert_array_equal(
+        ad.read_h5ad(tmp_path / "out.h5ad").obsm["X_geneformer"], tiny_model.embed(data, pooling="mean")
+    )
+
+
+def test_bad_input_is_exit_code_3_and_says_why(model, data, tmp_path) -> None:
+    facts = run_json("embed", tmp_path / "no.h5ad", "-m", model, "-o", tmp_path / "x.npy", code=3)
+    assert not facts["ok"] and "no.h5ad" in facts["message"]
+    assert run_json("embed", data, "-m", tmp_path / "nowhere", "-o", tmp_path / "x.npy", code=3)["code"]
+    run("embed", data, "-m", model, "-o", tmp_path / "x.txt", code=3)
+    run("embed", data, "-m", model, "-o", tmp_path / "gone" / "x.npy", code=3)
+    assert not list(tmp_path.glob("*.npy"))
+    run("embed", code=2)
+
+
+def test_tokenize_holds_the_tokens(model, data, tiny_model, tmp_path) -> None:
+    from safetensors.torch import load_file
+
+    facts = run_json("tokenize", data, "--dictionaries", model, "--out", tmp_path / "t.safetensors")
+    stored = load_file(tmp_path / "t.safetensors")
+    packed = tiny_model.tokenizer(scfm.read(data))
+    assert facts["num_cells"] == 40
+    np.testing.assert_array_equal(
+        stored["cu_seqlens"], scfm.GeneformerTokenizer(tiny_model.vocab)(data).cu_seqlens
+    )
+    assert stored["cell_ids"].tolist() == packed.cell_ids.tolist()
+
+
+def test_inspect_shows_data_and_models(model, data) -> None:
+    facts = run_json("inspect", data, "--dictionaries", model)
+    assert facts["cells"] == 40 and facts["raw counts"] == "X" and "120 of 120 genes" in facts["gene coverage"]
+    facts = run_json("inspect", model)
+    assert facts["family"] == "geneformer" and facts["config"]["num_layers"] == 2
+
+
+def test_convert_gives_the_same_model(model, tiny_model, data, tmp_path) -> None:
+    run("convert", model, tmp_path / "converted")
+    again = scfm.load(tmp_path / "converted", dtype="float32")
+    np.testing.assert_array_equal(again.embed(data), tiny_model.embed(data))
+    run("convert", model, tmp_path / "converted", code=3)
+
+
+def test_doctor_names_the_paths() -> None:
+    facts = run_json("doctor")
+    assert facts["native path"] in facts["instruction sets"] and facts["packages"]["torch"]
+
+
+def test_pretrain_from_settings(tiny_adata, tmp_path) -> None:
+    from scfm.data.gene_tables import human_symbols
+
+    tiny_adata.var_names = sorted({g for genes in human_symbols().values() for g in genes})[:120]
+    tiny_adata.write_h5ad(tmp_path / "cells.h5ad")
+    settings = tmp_path / "run.toml"
+    settings.write_text(
+        f'data = ["{tmp_path}/cells.h5ad"]\nout = "{tmp_path}/run"\nnum_layers = 1\nhidden_size = 16\n'
+        "num_heads = 2\nffn_size = 16\nmax_tokens = 64\nheld_out_fraction = 0.2\n"
+    )
+    facts = run_json("pretrain", settings, "num_epochs=1")
+    assert facts["held_out_loss"] > 0
+    assert scfm.load(facts["model"]).config.hidden_size == 16
+    facts = run_json("pretrain", settings, "num_epochz=1", code=3)
+    assert "num_epochs" in facts["message"]
+
+
+def test_version() -> None:
+    assert run("--version").strip() == scfm.__version__
