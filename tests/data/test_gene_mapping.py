@@ -120,11 +120,11 @@ def test_what_the_authors_leave_out_is_said() -> None:
         in notes
     )
     assert "1 symbols in ensembl_id were left out" in notes
-    assert notes.count("rules='all'") == 3
+    assert notes.count("rules='all'") == 2
     assert mapped(column(CD3E, ACTB, "NOENS_7")).notes == []
     everything = mapped(column(CD3E, CD3E, f"{ACTB}.3", "GAPDH", "NOENS_7"), rules="all")
     assert everything.ids == [CD3E, CD3E, ACTB, GAPDH, None]
-    assert everything.collapse
+    assert not everything.collapse
 
 
 def test_auto_leaves_the_authors_rule_for_versioned_or_useless_columns() -> None:

@@ -15,7 +15,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything it makes.")] = Path(
         "scfm-demo"
     ),
-    minutes: Annotated[float, typer.Option(help="Time to train for.")] = 2.0,
+    minutes: Annotated[float, typer.Option(help="About how long it all takes.")] = 3.0,
     seed: Annotated[int, typer.Option(help="Seed of split, masks and weights.")] = 0,
     quick: Annotated[bool, typer.Option(help="A few seconds of training, to see that it runs.")] = False,
     as_json: options.Json = False,
@@ -26,4 +26,13 @@ def demo(
 
         result = run_demo(out, minutes=minutes, seed=seed, quick=quick, console=None if as_json else console)
         if as_json:
-            emit({"ok": True, **result.to_dict()})
+            emit(
+                {
+                    "ok": True,
+                    "out": str(result.folder),
+                    "masked_genes": result.masked.to_dict(),
+                    "embedding": result.embedding.to_dict(),
+                    "verdict": result.verdict,
+                    "seconds": result.seconds,
+                }
+            )

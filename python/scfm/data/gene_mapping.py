@@ -228,7 +228,7 @@ def _left_out_notes(search: _Search, column: GeneColumn, dictionaries: _Dictiona
             versioned.append(text)
     return [
         f"{len(texts):,} {kind} in ensembl_id were left out, as the original does (e.g. {texts[0]}); "
-        "rules='all' takes them."
+        "gene_rules='all' takes them."
         for kind, texts in (("ids with a version suffix", versioned), ("symbols", symbols))
         if texts
     ]
@@ -384,7 +384,7 @@ def _likely_fix(search: _Search, column: GeneColumn, species: str, rules: str) -
     if common not in ("", "ENS"):
         return f"Ids beginning with {common}G belong to another species; this model knows human genes."
     if rules == "authors":
-        return "The authors' rule takes neither versions nor unknown symbols: try rules='all'."
+        return "The authors' rule takes neither versions nor unknown symbols: try gene_rules='all'."
     names = [name for name in search.table.names(range(search.num_genes)) if name]
     if _mostly(name.isdigit() for name in names):
         return "The genes are only numbered: put Ensembl ids or symbols into var.index or var['ensembl_id']."

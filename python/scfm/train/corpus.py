@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from scfm.data.gene_identifiers import GeneTable
 from scfm.data.gene_mapping import GeneMapping, map_genes
 from scfm.data.gene_tables import human_symbols
 from scfm.data.packed import PackedCells, concatenate
@@ -67,7 +68,7 @@ def build_dictionaries(
 ) -> GeneformerDictionaries:
     """Fresh dictionaries: every gene that some cell expresses, with its median over the corpus."""
     symbol_of = {gene: symbol for symbol, genes in human_symbols().items() for gene in genes}
-    vocabulary = sorted(symbol_of)
+    vocabulary = sorted({*symbol_of, *_human_ids(sources)})
     number = {gene: i for i, gene in enumerate(vocabulary)}
     identity = {gene: gene for gene in vocabulary}
     collected = GeneMedians(len(vocabulary))
@@ -82,8 +83,19 @@ def build_dictionaries(
         genes,
         {gene: float(medians[number[gene]]) for gene in genes},
         version=version,
-        symbols={symbol_of[gene]: gene for gene in genes},
+        symbols={symbol_of[gene]: gene for gene in genes if gene in symbol_of},
     )
+
+
+def _human_ids(sources: Sequence[CellSource]) -> set[str]:
+    """Every human Ensembl id that the sources write down: genes without a symbol are in no symbol table."""
+    return {
+        gene
+        for source in sources
+        for column in GeneTable(source.genes).ensembl
+        for gene in column.ensembl
+        if gene is not None and gene.startswith("ENSG")
+    }
 
 
 def held_out_cells(cell_ids: np.ndarray, fraction: float, seed: int) -> np.ndarray:
