@@ -1,0 +1,18 @@
+/// The Python module scfm._native. Three layers: checks here, work in the core, nothing of Python below this
+/// folder.
+#include <pybind11/pybind11.h>
+
+namespace scfm {
+void bind_cpu(pybind11::module_& module);
+void bind_counts(pybind11::module_& module);
+void bind_tokenize(pybind11::module_& module);
+}  // namespace scfm
+
+PYBIND11_MODULE(_native, module, pybind11::mod_gil_not_used()) {
+  module.doc() =
+      "scfm's C++ core. Arguments are numpy arrays, taken without copies; the GIL is released while it "
+      "works.";
+  scfm::bind_cpu(module);
+  scfm::bind_counts(module);
+  scfm::bind_tokenize(module);
+}

@@ -1,0 +1,130 @@
+"""The C++ core (csrc/). Arrays are one-dimensional, contiguous, aligned numpy arrays of exactly the types named; they
+are taken without copies, read-only ones too. TypeError or ValueError names the argument that does not fit."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Counts = NDArray[Any]
+"""float32, float64 or any integer type of 8 to 64 bits."""
+Columns = NDArray[np.int32] | NDArray[np.int64]
+
+def available_isas() -> list[str]:
+    """Instruction sets this build can use on this processor, plainest first, of generic, avx2, avx512, avx512_bf16."""
+
+def active_isa() -> str:
+    """The one in use: the best, unless SCFM_ISA or set_isa forces another. ValueError if SCFM_ISA cannot run here."""
+
+def set_isa(name: str) -> None: ...
+def cpu_features() -> dict[str, bool]:
+    """avx2, fma, avx512f, avx512bw, avx512vl, avx512dq, avx512_bf16, amx_bf16: supported and enabled."""
+
+def set_num_threads(count: int) -> None:
+    """Threads for native work, 1 to 1024."""
+
+def get_num_threads() -> int: ...
+def _throw_in_tasks(num_tasks: int, failing: list[int]) -> None: ...
+
+class CsrCheck:
+    """What check_csr found. With an error only row, position, column and value mean something."""
+
+    @property
+    def error(self) -> str:
+        """ "", indptr_start, indptr_decreasing, indptr_end, length, index_range, not_finite or negative."""
+    @property
+    def row(self) -> int: ...
+    @property
+    def position(self) -> int:
+        """In data; -1 where the fault lies in indptr."""
+    @property
+    def column(self) -> int: ...
+    @property
+    def value(self) -> float:
+        """The value there; for faults of indptr or length, the offset or length found."""
+    @property
+    def sorted(self) -> bool:
+        """Every row's columns never fall."""
+    @property
+    def duplicates(self) -> int:
+        """Rows that hold some column twice."""
+    @property
+    def num_zeros(self) -> int:
+        """Stored zeros."""
+    @property
+    def num_nonintegers(self) -> int: ...
+    @property
+    def first_noninteger(self) -> int:
+        """First row with a fractional value, or -1."""
+    @property
+    def max_value(self) -> float: ...
+
+def check_csr(indptr: NDArray[np.int64], indices: Columns, data: Counts, num_genes: int) -> CsrCheck:
+    """One pass over a CSR block (indptr from 0): its first fault by position, or the facts of its values."""
+
+def row_sums(indptr: NDArray[np.int64], data: Counts) -> NDArray[np.float64]:
+    """Sum of the stored values of each row."""
+
+class RankValueResult:
+    @property
+    def token_ids(self) -> NDArray[np.int32]:
+        """Packed, special tokens included."""
+    @property
+    def cu_seqlens(self) -> NDArray[np.int64]:
+        """num_cells + 1 offsets; a cell without gene tokens has length 0, special tokens included."""
+    @property
+    def counts(self) -> NDArray[np.float64] | None:
+        """x / n * 10,000 of each token, 0 at special ones; None unless asked for."""
+    @property
+    def num_gene_tokens(self) -> NDArray[np.int32]:
+        """Per cell, before cutting to max_tokens, without special tokens."""
+    @property
+    def mapped_counts(self) -> NDArray[np.float64]:
+        """Per cell, the sum of the values in columns that have a slot."""
+    @property
+    def total_counts(self) -> NDArray[np.float64]:
+        """Per cell, the sum of all values."""
+
+def rank_value(
+    indptr: NDArray[np.int64],
+    indices: Columns,
+    data: Counts,
+    library_size: NDArray[np.float64],
+    column_slot: NDArray[np.int32],
+    slot_token: NDArray[np.int32],
+    slot_median: NDArray[np.float64],
+    num_single: int,
+    arithmetic: str,
+    keep_zeros: bool,
+    max_tokens: int,
+    prefix_token: int,
+    suffix_token: int,
+    with_counts: bool,
+) -> RankValueResult:
+    """Geneformer's rank-value encoding of a CSR block of raw counts.
+
+    column_slot gives each column's slot, -1 for no token. Slots below num_single are fed by one column each, in the
+    order of the columns; later ones sum several columns (any there makes the arithmetic 64-bit). arithmetic is
+    multiply64, multiply32, divide64 or divide32. Tokens rank by value descending, equal ones by slot. max_tokens,
+    prefix_token and suffix_token are -1 for none. Columns need not be sorted; values of one column are summed.
+    """
+
+def mlm_mask(
+    token_ids: NDArray[np.int32],
+    cu_seqlens: NDArray[np.int32],
+    cell_ids: NDArray[np.int64],
+    seed: int,
+    epoch: int,
+    probability: float,
+    mask_token: int,
+    vocab_size: int,
+    never_masked: list[int],
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """BERT masking of packed tokens: (ids as the model sees them, selected positions ascending).
+
+    Of the tokens selected 80% become mask_token, 10% a random id below vocab_size, 10% stay. Depends on seed, epoch,
+    cell id and position in the cell only.
+    """
+
+def philox4x32(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Philox4x32-10: four words from a counter of four and a key of two."""
