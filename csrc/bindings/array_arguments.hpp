@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "counts/csr_view.hpp"
+#include "base/csr_view.hpp"
 
 namespace scfm {
 

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <string>
 
-#include "counts/csr_view.hpp"
+#include "base/csr_view.hpp"
 
 namespace scfm {
 

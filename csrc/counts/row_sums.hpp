@@ -6,7 +6,7 @@
 
 #include <span>
 
-#include "counts/csr_view.hpp"
+#include "base/csr_view.hpp"
 
 namespace scfm {
 

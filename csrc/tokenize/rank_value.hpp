@@ -10,7 +10,7 @@
 #include <span>
 #include <vector>
 
-#include "counts/csr_view.hpp"
+#include "base/csr_view.hpp"
 #include "tokenize/gene_table.hpp"
 #include "tokenize/packed_writer.hpp"
 

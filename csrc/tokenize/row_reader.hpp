@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "base/aligned_buffer.hpp"
-#include "counts/csr_view.hpp"
+#include "base/csr_view.hpp"
 #include "tokenize/rank_kernels.hpp"
 
 namespace scfm {

@@ -1,5 +1,5 @@
-"""The C++ core (csrc/). Arrays are one-dimensional, contiguous, aligned numpy arrays of exactly the types named; they
-are taken without copies, read-only ones too. TypeError or ValueError names the argument that does not fit."""
+"""The C++ core (csrc/). Arrays are one-dimensional, contiguous, aligned numpy arrays of exactly the types named;
+they are taken without copies, read-only ones too. TypeError or ValueError names the argument that does not fit."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ Counts = NDArray[Any]
 Columns = NDArray[np.int32] | NDArray[np.int64]
 
 def available_isas() -> list[str]:
-    """Instruction sets this build can use on this processor, plainest first, of generic, avx2, avx512, avx512_bf16."""
+    """Instruction sets that run on this processor, plainest first: generic, avx2, avx512, avx512_bf16."""
 
 def active_isa() -> str:
-    """The one in use: the best, unless SCFM_ISA or set_isa forces another. ValueError if SCFM_ISA cannot run here."""
+    """The one in use: the best, unless SCFM_ISA or set_isa forces another. ValueError if SCFM_ISA cannot run."""
 
 def set_isa(name: str) -> None: ...
 def cpu_features() -> dict[str, bool]:
@@ -103,10 +103,11 @@ def rank_value(
 ) -> RankValueResult:
     """Geneformer's rank-value encoding of a CSR block of raw counts.
 
-    column_slot gives each column's slot, -1 for no token. Slots below num_single are fed by one column each, in the
-    order of the columns; later ones sum several columns (any there makes the arithmetic 64-bit). arithmetic is
-    multiply64, multiply32, divide64 or divide32. Tokens rank by value descending, equal ones by slot. max_tokens,
-    prefix_token and suffix_token are -1 for none. Columns need not be sorted; values of one column are summed.
+    column_slot gives each column's slot, -1 for no token. Slots below num_single are fed by one column each, in
+    the order of the columns; later ones sum several columns (any there makes the arithmetic 64-bit). arithmetic
+    is multiply64, multiply32, divide64 or divide32. Tokens rank by value descending, equal ones by slot.
+    max_tokens, prefix_token and suffix_token are -1 for none. Columns need not be sorted; values of one column
+    are summed.
     """
 
 def mlm_mask(
@@ -122,8 +123,8 @@ def mlm_mask(
 ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """BERT masking of packed tokens: (ids as the model sees them, selected positions ascending).
 
-    Of the tokens selected 80% become mask_token, 10% a random id below vocab_size, 10% stay. Depends on seed, epoch,
-    cell id and position in the cell only.
+    Of the tokens selected 80% become mask_token, 10% a random id below vocab_size, 10% stay. Depends on seed,
+    epoch, cell id and position in the cell only.
     """
 
 def philox4x32(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]:

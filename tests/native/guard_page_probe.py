@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -40,8 +40,8 @@ def guarded(array: Array) -> Array:
 
 
 def guarded_block(block: Block) -> Block:
-    values = {f.name: getattr(block, f.name) for f in fields(block)}
-    return Block(**{k: guarded(v) if isinstance(v, np.ndarray) else v for k, v in values.items()})
+    values: dict[str, Any] = {f.name: getattr(block, f.name) for f in fields(block)}
+    return replace(block, **{k: guarded(v) for k, v in values.items() if isinstance(v, np.ndarray)})
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ count x becomes x / n * 10,000 / median in the arithmetic asked for, and a stabl
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,11 +32,9 @@ class Block:
     prefix_token: int = -1
     suffix_token: int = -1
     with_counts: bool = True
-    changed: dict[str, Any] = field(default_factory=dict)
 
     def arguments(self, **changed: Any) -> dict[str, Any]:
-        named = {name: value for name, value in vars(self).items() if name != "changed"}
-        return {**named, **changed}
+        return {**vars(self), **changed}
 
 
 def _per_10k(x: Array, n: np.float64, arithmetic: str) -> Array:

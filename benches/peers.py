@@ -1,0 +1,84 @@
+"""What the peers do, in our own words: each published procedure rewritten step by step with the library calls that
+the peer makes, so that a bench can time it beside ours in the same run. One section a peer; nothing here is tuned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+from scfm.models.geneformer.names import to_authors
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+# ---- Geneformer's tokenizer -------------------------------------------------------------------------------------
+# As released (V2): chunks of 512 cells, scipy for the values, numpy's argsort for each cell, then a Hugging Face
+# data set that is built from Python lists and mapped example by example.
+
+GENEFORMER_CHUNK = 512
+GENEFORMER_MAX_TOKENS = 4096
+GENEFORMER_CLS, GENEFORMER_EOS = 2, 3
+
+
+def geneformer_rank(cells: sp.csr_matrix, n_counts: Array, tokens: Array, medians: Array) -> list[Array]:
+    """The ranking stage: raw counts to one array of ordered tokens a cell, before cutting and special tokens."""
+    ranked: list[Array] = []
+    for start in range(0, cells.shape[0], GENEFORMER_CHUNK):
+        chunk = slice(start, start + GENEFORMER_CHUNK)
+        values = cells[chunk].multiply(1.0 / n_counts[chunk, None])
+        values = sp.csr_matrix((values * 10_000).multiply(1.0 / medians))
+        for i in range(values.shape[0]):
+            row = values[i]
+            ranked.append(tokens[row.indices][np.argsort(-row.data)])
+    return ranked
+
+
+def _geneformer_finish(example: dict[str, Any]) -> dict[str, Any]:
+    ids = example["input_ids"][: GENEFORMER_MAX_TOKENS - 2]
+    ids = np.insert(ids, 0, GENEFORMER_CLS)
+    example["input_ids"] = np.insert(ids, len(ids), GENEFORMER_EOS)
+    example["length"] = len(example["input_ids"])
+    return example
+
+
+def geneformer_tokenize_to_disk(
+    cells: sp.csr_matrix, n_counts: Array, tokens: Array, medians: Array, folder: Path
+) -> None:
+    """The whole run from counts in memory to a saved data set. Needs `datasets`."""
+    from datasets import Dataset
+
+    ranked = geneformer_rank(cells, n_counts, tokens, medians)
+    dataset = Dataset.from_dict({"input_ids": ranked})
+    dataset.map(_geneformer_finish).save_to_disk(str(folder))
+
+
+# ---- Embedding: Hugging Face's BERT, driven as the original's extractor drives it ----------------------------
+
+
+def hugging_face_model(transformers: Any, config: Any, model: Any) -> Any:
+    """BertForMaskedLM of the same shape and the same weights as ``model``."""
+    settings = transformers.BertConfig(**{k: v for k, v in config.to_hf().items() if k != "architectures"})
+    peer = transformers.BertForMaskedLM._from_config(settings, attn_implementation="sdpa").eval()
+    state = {name: tensor.detach() for name, tensor in to_authors(model.state_dict()).items()}
+    left_out = peer.load_state_dict(state, strict=False)
+    assert not left_out.unexpected_keys, left_out
+    assert all("decoder" in key or "position_ids" in key for key in left_out.missing_keys), left_out
+    return peer
+
+
+def hugging_face_embed(peer: Any, cells: list[list[int]], *, batch_size: int) -> np.ndarray:
+    """The <cls> state of the second to last layer, rows in the order given: everything else is discarded."""
+    order = sorted(range(len(cells)), key=lambda i: -len(cells[i]))
+    out = np.empty((len(cells), peer.config.hidden_size), dtype=np.float32)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        longest = len(cells[chosen[0]])
+        padded = torch.tensor([cells[i] + [0] * (longest - len(cells[i])) for i in chosen])
+        mask = torch.tensor([[1] * len(cells[i]) + [0] * (longest - len(cells[i])) for i in chosen])
+        with torch.no_grad():
+            result = peer(input_ids=padded, attention_mask=mask, output_hidden_states=True)
+        out[chosen] = result.hidden_states[-2][:, 0].numpy()
+    return out
