@@ -41,7 +41,19 @@ def test_embed_to_npy_and_to_a_copy(model, data, tiny_model, tmp_path) -> None:
     facts = run_json("embed", data, "--model", model, "--out", tmp_path / "x.npy", "--dtype", "float32")
     assert facts["ok"] and facts["shape"] == [40, 32] and facts["dtype"] == "float32"
     np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), tiny_model.embed(data))
-    run("embed", data, "-m", model, "-o", tmp_path / "out.h5ad", "--dtype", "float32", "--pooling", "mean", "-q")
+    run(
+        "embed",
+        data,
+        "-m",
+        model,
+        "-o",
+        tmp_path / "out.h5ad",
+        "--dtype",
+        "float32",
+        "--pooling",
+        "mean",
+        "-q",
+    )
     np.testing.assert_array_equal(
         ad.read_h5ad(tmp_path / "out.h5ad").obsm["X_geneformer"], tiny_model.embed(data, pooling="mean")
     )
@@ -72,7 +84,9 @@ def test_tokenize_holds_the_tokens(model, data, tiny_model, tmp_path) -> None:
 
 def test_inspect_shows_data_and_models(model, data) -> None:
     facts = run_json("inspect", data, "--dictionaries", model)
-    assert facts["cells"] == 40 and facts["raw counts"] == "X" and "120 of 120 genes" in facts["gene coverage"]
+    assert (
+        facts["cells"] == 40 and facts["raw counts"] == "X" and "120 of 120 genes" in facts["gene coverage"]
+    )
     facts = run_json("inspect", model)
     assert facts["family"] == "geneformer" and facts["config"]["num_layers"] == 2
 

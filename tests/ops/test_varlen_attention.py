@@ -7,6 +7,7 @@ import torch
 
 from scfm.errors import InvalidArgumentError
 from scfm.ops import varlen_attention, varlen_attention_reference
+from scfm.ops.varlen_attention import _gradients_by_formula
 
 LENGTHS = [
     [1],
@@ -72,6 +73,16 @@ def test_gradients_where_queries_are_apart() -> None:
     assert torch.autograd.gradcheck(
         lambda a, b, c: varlen_attention(a, b, c, cu_seqlens, cu_seqlens_q=one_each), inputs
     )
+
+
+def test_the_formula_used_off_the_cpu_gives_the_same_gradients() -> None:
+    q, k, v, cu_seqlens = packed([300], heads=2, dim=8)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    upstream = torch.randn(300, 2, 8, dtype=torch.float64)
+    exact = torch.autograd.grad(varlen_attention_reference(*inputs, cu_seqlens, scale=0.3), inputs, upstream)
+    formula = _gradients_by_formula(upstream, *(x.detach() for x in inputs), 0.3)
+    for ours, want in zip(formula, exact, strict=True):
+        torch.testing.assert_close(ours, want)
 
 
 def test_cells_never_see_each_other() -> None:

@@ -41,7 +41,7 @@ def fail(error: ScfmError, *, as_json: bool) -> None:
         emit({"ok": False, "error": type(error).__name__, "code": error.code, "message": str(error)})
     else:
         console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
-        console.print(str(error), markup=False)
+        console.print(str(error), markup=False, soft_wrap=True)
     raise typer.Exit(EXIT_BAD_INPUT) from error
 
 
@@ -51,7 +51,7 @@ def emit(result: dict[str, Any]) -> None:
 
 
 def say(text: str) -> None:
-    console.print(text, markup=False)
+    console.print(text, markup=False, soft_wrap=True)
 
 
 @contextmanager

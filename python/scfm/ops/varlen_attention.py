@@ -3,8 +3,9 @@
     out[i] = sum_j softmax_j(scale * <q[i], k[j]>) v[j],   j over the tokens of i's cell
 
 Cells never see each other, so no padding and no mask exists anywhere. Each cell is one call of torch's fused
-attention; bfloat16 on CPU is widened to float32 first, which is both faster and more accurate there than
-torch's bfloat16 kernel. A cell's result depends on its own tokens only, bit for bit.
+attention, whose row statistics are kept for the backward; bfloat16 on CPU is widened to float32 first, which is
+both faster and more accurate there than torch's bfloat16 kernel. A cell's result depends on its own tokens only,
+bit for bit.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def varlen_attention(
     _check(q, k, v, cu_seqlens, offsets_q)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
-    out: Tensor = torch.ops.scfm.varlen_attention(q, k, v, cu_seqlens, offsets_q, scale)
+    out: Tensor = torch.ops.scfm.varlen_attention(q, k, v, cu_seqlens, offsets_q, scale)[0]
     return out
 
 
@@ -66,18 +67,21 @@ def varlen_attention_reference(
 @torch.library.custom_op("scfm::varlen_attention", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_q: Tensor, scale: float
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """The output, and log-sum-exp of every query's scores, (Tq, H), for the backward."""
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_zeros(q.shape[:2], dtype=_wide(q.dtype))
     for q_rows, kv_rows in _cells(cu_seqlens, cu_seqlens_q):
-        out[q_rows] = _attend_cell(q[q_rows], k[kv_rows], v[kv_rows], scale)
-    return out
+        out[q_rows], lse[q_rows] = _attend_cell(q[q_rows], k[kv_rows], v[kv_rows], scale)
+    return out, lse
 
 
 @_forward.register_fake
 def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_q: Tensor, scale: float
-) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty(q.shape[:2], dtype=_wide(q.dtype))
 
 
 @torch.library.custom_op("scfm::varlen_attention_backward", mutates_args=())
@@ -86,14 +90,16 @@ def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor,
+    lse: Tensor,
     cu_seqlens: Tensor,
     cu_seqlens_q: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Recomputes each cell's probabilities, a block of queries at a time: none are kept from the forward."""
+    """Probabilities are made again from the scores and ``lse``: none are kept from the forward."""
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for q_rows, kv_rows in _cells(cu_seqlens, cu_seqlens_q):
-        cell = (grad_out[q_rows], q[q_rows], k[kv_rows], v[kv_rows])
+        cell = (grad_out[q_rows], q[q_rows], k[kv_rows], v[kv_rows], out[q_rows], lse[q_rows])
         dq[q_rows], dk[kv_rows], dv[kv_rows] = _cell_gradients(*cell, scale)
     return dq, dk, dv
 
@@ -104,6 +110,8 @@ def _backward_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor,
+    lse: Tensor,
     cu_seqlens: Tensor,
     cu_seqlens_q: Tensor,
     scale: float,
@@ -113,47 +121,65 @@ def _backward_fake(
 
 
 def _save_for_backward(
-    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]
 ) -> None:
-    *tensors, scale = inputs
-    ctx.save_for_backward(*tensors)
+    q, k, v, cu_seqlens, cu_seqlens_q, scale = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, cu_seqlens_q)
+    ctx.mark_non_differentiable(output[1])
     ctx.scale = scale  # type: ignore[attr-defined]
 
 
 def _autograd(
-    ctx: torch.autograd.function.FunctionCtx, grad_out: Tensor
+    ctx: torch.autograd.function.FunctionCtx, grad_out: Tensor, _: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-    q, k, v, cu_seqlens, cu_seqlens_q = ctx.saved_tensors  # type: ignore[attr-defined]
+    saved = ctx.saved_tensors  # type: ignore[attr-defined]
     scale = ctx.scale  # type: ignore[attr-defined]
-    dq, dk, dv = torch.ops.scfm.varlen_attention_backward(
-        grad_out.contiguous(), q, k, v, cu_seqlens, cu_seqlens_q, scale
-    )
+    dq, dk, dv = torch.ops.scfm.varlen_attention_backward(grad_out.contiguous(), *saved, scale)
     return dq, dk, dv, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_save_for_backward)
 
 
-def _attend_cell(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """One cell: (Lq, H, D), (L, H, D), (L, H, D) -> (Lq, H, D)."""
-    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-    dtype = q.dtype
-    if dtype == torch.bfloat16 and q.device.type == "cpu":
-        q, k, v = q.float(), k.float(), v.float()
-    out = F.scaled_dot_product_attention(q[None], k[None], v[None], scale=scale)
-    return out[0].transpose(0, 1).to(dtype)
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What a dtype is computed in."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def _attend_cell(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """One cell: (Lq, H, D), (L, H, D), (L, H, D) -> output (Lq, H, D) in q's dtype, log-sum-exp (Lq, H)."""
+    if q.device.type == "cpu":
+        heads = [x.to(_wide(x.dtype)).transpose(0, 1)[None] for x in (q, k, v)]
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, scale=scale)
+        return out[0].transpose(0, 1).to(q.dtype), lse[0].T
+    queries, keys, values = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = F.scaled_dot_product_attention(queries, keys, values, scale=scale)[0].transpose(0, 1)
+    return out, q.new_zeros(q.shape[:2], dtype=_wide(q.dtype))
 
 
 def _cell_gradients(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One cell's dq, dk, dv, (L, H, D) each."""
+    if q.device.type != "cpu":
+        return _gradients_by_formula(grad_out, q, k, v, scale)
+    heads = [x.to(_wide(x.dtype)).transpose(0, 1)[None] for x in (grad_out, q, k, v, out)]
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *heads, lse.T[None].contiguous(), 0.0, False, scale=scale
+    )
+    dq, dk, dv = (x[0].transpose(0, 1).to(q.dtype) for x in grads)
+    return dq, dk, dv
+
+
+def _gradients_by_formula(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One cell's dq, dk, dv, all (L, H, D):  P = softmax(scale q k^T);  dv = P^T do;
+    """P = softmax(scale q k^T);  dv = P^T do;  dS = P (do v^T - rowsum(P * (do v^T)));
 
-    dS = P (do v^T - rowsum(P * (do v^T)));  dq = scale dS k;  dk = scale dS^T q.  bfloat16 works in float32.
+    dq = scale dS k;  dk = scale dS^T q;  a block of queries at a time.
     """
     dtype = q.dtype
-    wide = torch.float32 if dtype == torch.bfloat16 else dtype
-    grad_out, q, k, v = (x.to(wide).transpose(0, 1) for x in (grad_out, q, k, v))
+    grad_out, q, k, v = (x.to(_wide(dtype)).transpose(0, 1) for x in (grad_out, q, k, v))
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     dq = []
@@ -165,7 +191,8 @@ def _cell_gradients(
         ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
         dq.append(torch.bmm(ds, k))
         dk += torch.bmm(ds.transpose(1, 2), queries)
-    return tuple(x.transpose(0, 1).to(dtype) for x in (torch.cat(dq, 1), dk, dv))  # type: ignore[return-value]
+    grads = [x.transpose(0, 1).to(dtype) for x in (torch.cat(dq, 1), dk, dv)]
+    return grads[0], grads[1], grads[2]
 
 
 def _cells(cu_seqlens: Tensor, cu_seqlens_q: Tensor) -> list[tuple[slice, slice]]:

@@ -19,7 +19,6 @@ from scfm.data.packed import PackedCells
 from scfm.errors import InvalidArgumentError
 from scfm.models.engine import default_token_budget, packed_batches
 from scfm.models.geneformer.model import Geneformer
-from scfm.models.nn.precision import fast_float32
 
 _EVALUATION_EPOCH = 2**32 - 1  # an epoch no training reaches: evaluation masks differ from all training masks
 
@@ -120,9 +119,8 @@ def evaluate_masked(
 
 
 def _masked_logits(model: Geneformer, cells: MaskedCells) -> Tensor:
-    with fast_float32(model.device):
-        hidden = model.forward(cells.packed).hidden
-        return model.masked_gene_logits(hidden[cells.positions.to(hidden.device)])
+    hidden = model.forward(cells.packed).hidden
+    return model.masked_gene_logits(hidden[cells.positions.to(hidden.device)])
 
 
 def _masked_rows(

@@ -22,7 +22,7 @@ from scfm.data.packed import PackedCells
 from scfm.errors import ConfigError, ScfmError
 from scfm.models.geneformer.config import GeneformerConfig
 from scfm.models.geneformer.model import Geneformer
-from scfm.models.nn.precision import fast_float32, resolve_device
+from scfm.models.nn.precision import resolve_device
 from scfm.tokenize.geneformer import GeneformerTokenizer
 from scfm.train.config import PretrainConfig
 from scfm.train.corpus import Corpus, read_corpus
@@ -141,13 +141,12 @@ def _step(
     num_masked = len(cells.positions)
     torch.manual_seed(_step_seed(config.seed, step))
     optimizer.zero_grad(set_to_none=True)
-    with fast_float32(model.device):
-        loss = masked_gene_loss(model, cells) / max(num_masked, 1)
-        loss.backward()  # type: ignore[no-untyped-call]
+    loss = masked_gene_loss(model, cells) / max(num_masked, 1)
+    loss.backward()  # type: ignore[no-untyped-call]
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
     if not (torch.isfinite(loss) and torch.isfinite(norm)):
         raise ScfmError(
-            f"loss {float(loss)}, gradient norm {float(norm)}; the step was not applied",
+            f"loss {loss.item()}, gradient norm {norm.item()}; the step was not applied",
             where=f"step {step}",
             hint="Lower the learning rate or lengthen the warm-up.",
         )
@@ -155,8 +154,8 @@ def _step(
     return {
         "step": step,
         "epoch": epoch,
-        "loss": float(loss),
-        "grad_norm": float(norm),
+        "loss": loss.item(),
+        "grad_norm": norm.item(),
         "masked": num_masked,
         "tokens": batch.num_tokens,
         "cells": batch.num_cells,

@@ -22,7 +22,6 @@ from scfm.models.base import FoundationModel
 from scfm.models.geneformer.config import GeneformerConfig
 from scfm.models.nn.encoder import ACTIVATIONS, EncoderLayer
 from scfm.models.nn.linear import Linear, row_stable_linear
-from scfm.models.nn.precision import fast_float32
 from scfm.models.output import ModelOutput
 from scfm.models.pooling import mean_of_genes
 from scfm.tokenize.dictionaries import GeneformerDictionaries
@@ -133,11 +132,10 @@ class Geneformer(FoundationModel):
         Raises InvalidArgumentError naming the cell otherwise.
         """
         packed = self._checked(packed)
-        with fast_float32(packed.token_ids.device):
-            states = [self._embed_tokens(packed)]
-            for layer in self.layers:
-                hidden = layer(states[-1], packed.cu_seqlens)
-                states = [*states, hidden] if output_hidden_states else [hidden]
+        states = [self._embed_tokens(packed)]
+        for layer in self.layers:
+            hidden = layer(states[-1], packed.cu_seqlens)
+            states = [*states, hidden] if output_hidden_states else [hidden]
         return ModelOutput(
             states[-1],
             hidden_states=tuple(states) if output_hidden_states else None,
@@ -150,16 +148,14 @@ class Geneformer(FoundationModel):
             raise InvalidArgumentError(
                 "the checkpoint held an encoder without a masked-gene head", path=self.source, where="logits"
             )
-        with fast_float32(hidden.device):
-            return self.head(hidden, self.gene_table)  # type: ignore[no-any-return]
+        return self.head(hidden, self.gene_table)  # type: ignore[no-any-return]
 
     def hidden_at(self, packed: PackedCells, layer: int) -> Tensor:
         """Hidden states of one layer, (T, hidden_size): 0 is the last, -1 the one before, and so on."""
         packed = self._checked(packed)
-        with fast_float32(packed.token_ids.device):
-            hidden = self._embed_tokens(packed)
-            for block in self.layers[: self._num_layers_for(layer)]:
-                hidden = block(hidden, packed.cu_seqlens)
+        hidden = self._embed_tokens(packed)
+        for block in self.layers[: self._num_layers_for(layer)]:
+            hidden = block(hidden, packed.cu_seqlens)
         return hidden
 
     def embed_batch(self, packed: PackedCells, *, layer: int, pooling: str) -> Tensor:
@@ -180,15 +176,14 @@ class Geneformer(FoundationModel):
             )
         packed = self._checked(packed)
         count = self._num_layers_for(layer)
-        with fast_float32(packed.token_ids.device):
-            hidden = self._embed_tokens(packed)
-            for block in self.layers[: max(count - 1, 0)]:
-                hidden = block(hidden, packed.cu_seqlens)
-            if count == 0:
-                return hidden[packed.cu_seqlens[:-1].to(torch.int64)]
-            last = self.layers[count - 1]
-            assert isinstance(last, EncoderLayer)
-            return last.forward_first_tokens(hidden, packed.cu_seqlens)
+        hidden = self._embed_tokens(packed)
+        for block in self.layers[: max(count - 1, 0)]:
+            hidden = block(hidden, packed.cu_seqlens)
+        if count == 0:
+            return hidden[packed.cu_seqlens[:-1].to(torch.int64)]
+        last = self.layers[count - 1]
+        assert isinstance(last, EncoderLayer)
+        return last.forward_first_tokens(hidden, packed.cu_seqlens)
 
     @torch.inference_mode()
     def attentions(self, packed: PackedCells, layer: int = 0) -> list[Tensor]:

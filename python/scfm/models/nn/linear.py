@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scfm.models.nn.precision import fast_float32
+
 MIN_ROWS = 16
 
 
@@ -44,6 +46,7 @@ def row_stable_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     """``F.linear`` in the weight's dtype, with at least MIN_ROWS rows in the product."""
     x = x.to(weight.dtype)
     rows = x.shape[0]
-    if rows >= MIN_ROWS:
-        return F.linear(x, weight, bias)
-    return F.linear(F.pad(x, (0, 0, 0, MIN_ROWS - rows)), weight, bias)[:rows]
+    with fast_float32(x.device):
+        if rows >= MIN_ROWS:
+            return F.linear(x, weight, bias)
+        return F.linear(F.pad(x, (0, 0, 0, MIN_ROWS - rows)), weight, bias)[:rows]
