@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import torch
 
+from scfm.data.packed import PackedCells
 from scfm.errors import IntegrityError, InvalidArgumentError, MissingDependencyError, MissingFileError
 from scfm.models import hub
 from scfm.models.weights import read_weights, write_safetensors
@@ -160,10 +161,9 @@ print(json.dumps(answers))
 """
 
 
-def ask(fake: FakeHub, home: Path, *calls: tuple[str, dict[str, Any]], **extra: str) -> list[dict[str, Any]]:
-    """Resolve names in a child whose hub is the fake one and whose cache is ``home``."""
+def environment_of(fake: FakeHub, home: Path, **extra: str) -> dict[str, str]:
     pytest.importorskip("huggingface_hub")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | {
+    return {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | {
         "HF_ENDPOINT": fake.address,
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_XET": "1",
@@ -173,6 +173,11 @@ def ask(fake: FakeHub, home: Path, *calls: tuple[str, dict[str, Any]], **extra: 
         "no_proxy": "127.0.0.1",
         **extra,
     }
+
+
+def ask(fake: FakeHub, home: Path, *calls: tuple[str, dict[str, Any]], **extra: str) -> list[dict[str, Any]]:
+    """Resolve names in a child whose hub is the fake one and whose cache is ``home``."""
+    environment = environment_of(fake, home, **extra)
     done = subprocess.run(
         [sys.executable, "-c", CALL, json.dumps(calls)],
         env=environment, cwd=home.parent, capture_output=True, text=True, timeout=180, check=False,
@@ -296,3 +301,23 @@ def test_no_pattern_takes_code_or_a_stray_pickle(subfolder: str) -> None:
         "V2/model-00001-of-00002.safetensors", "rng_state.pth", "runs/token_dictionary.pkl",
     ):  # fmt: skip
         assert not any(fnmatchcase(name, pattern) for pattern in patterns), name
+
+
+def test_a_whole_model_loads_by_its_hub_id(fake: FakeHub, tmp_path: Path, tiny_model: Any) -> None:
+    for file in tiny_model.save(tmp_path / "model").iterdir():
+        fake.files[f"tiny/{file.name}"] = file.read_bytes()
+    code = (
+        "import json, scfm\n"
+        f"model = scfm.load('{REPO}/tiny', dtype='float32')\n"
+        "X = model.embed(scfm.PackedCells.from_lists([[2, 9, 8, 7, 3]]))\n"
+        "print(json.dumps([X[0].tolist(), model.source, model.load_report.to_dict()]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment_of(fake, tmp_path / "home"), capture_output=True, text=True, timeout=180, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    embedding, source, report = json.loads(done.stdout)
+    assert embedding == tiny_model.embed(PackedCells.from_lists([[2, 9, 8, 7, 3]]))[0].tolist()
+    assert source == f"{REPO}/tiny" and report["revision"] == COMMIT
+    assert list(report["sha256"]) == ["model.safetensors"]

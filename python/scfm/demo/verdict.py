@@ -73,7 +73,7 @@ def _learning_sentence(masked: Report, embedding: Report) -> str:
     labels = (
         f", and its neighbours agree with labels better ({knn_over_random.estimate:+.3f} kNN accuracy)."
         if knn_over_random.low > 0
-        else f", but its neighbours agree with labels no better than those of random weights "
+        else f", but its neighbours agree with labels not clearly better than those of random weights "
         f"({knn_over_random.estimate:+.3f} kNN accuracy)."
     )
     if over_count.low > 0:

@@ -176,6 +176,7 @@ class GeneformerTokenizer:
         keep = _filter_pass(source) if use_filter_pass else None
         for block in source.blocks(block_size):
             yield self._tokenize(block, plan, library_size, keep, source.dense, report)
+        report.num_stored_zeros = source.report.num_zeros
         self._warn(report)
 
     def _tokenize(
@@ -211,7 +212,6 @@ class GeneformerTokenizer:
         )
         _check_library_size(sizes, result.total_counts, block, report.source)
         report.coverage.add_counts(float(result.mapped_counts.sum()), float(result.total_counts.sum()))
-        report.num_stored_zeros += int(np.count_nonzero(block.data == 0))
         packed = PackedCells(
             token_ids=torch.from_numpy(result.token_ids),
             values=None if result.counts is None else torch.from_numpy(result.counts.astype(np.float32)),
