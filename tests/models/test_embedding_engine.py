@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 
 import scfm
@@ -81,14 +83,44 @@ def test_adata_rows_keep_their_order_and_zero_cells_work(tiny_model, tiny_adata)
 
 
 def test_cells_without_known_genes_follow_the_policy(tiny_model, tiny_adata) -> None:
-    tiny_adata.X[[3, 17]] = 0
-    tiny_adata.X.eliminate_zeros()
+    counts = tiny_adata.X.toarray()
+    counts[[3, 17]] = 0
+    tiny_adata.X = sp.csr_matrix(counts)
     with pytest.raises(BadCellError, match="3, 17"):
         tiny_model.embed(tiny_adata)
     with_nan = tiny_model.embed(tiny_adata, on_bad_cell="nan")
     assert np.flatnonzero(np.isnan(with_nan).any(1)).tolist() == [3, 17]
     skipped = tiny_model.embed(tiny_adata, on_bad_cell="skip")
     np.testing.assert_array_equal(skipped, np.delete(with_nan, [3, 17], axis=0))
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_packs_with_empty_cells(tiny_model, pooling: str) -> None:
+    cells = [[], [2, 9, 8, 3], [], [2, 7, 3], []]
+    whole = tiny_model.embed(scfm.PackedCells.from_lists(cells), pooling=pooling, on_bad_cell="nan")
+    good = tiny_model.embed(scfm.PackedCells.from_lists([cells[1], cells[3]]), pooling=pooling)
+    np.testing.assert_array_equal(whole[[1, 3]], good)
+    assert np.isnan(whole[[0, 2, 4]]).all()
+    with pytest.raises(BadCellError, match="0, 2, 4"):
+        tiny_model.embed(scfm.PackedCells.from_lists(cells), pooling=pooling)
+
+
+def test_bfloat16_copies_follow_the_weights(tiny_model) -> None:
+    packed = scfm.PackedCells.from_lists(random_cells(3))
+    tiny_model.set_compute_dtype("bfloat16")
+    before = tiny_model.embed(packed)
+    state = {name: tensor * 1.5 for name, tensor in tiny_model.state_dict().items()}
+    tiny_model.load_state_dict(state, assign=True)
+    assert not np.array_equal(tiny_model.embed(packed), before)
+
+
+def test_the_float32_setting_is_left_as_found(tiny_model) -> None:
+    packed = scfm.PackedCells.from_lists(random_cells(30))
+    with ThreadPoolExecutor(4) as pool:
+        one, *others = pool.map(lambda _: tiny_model.embed(packed, token_budget=100), range(8))
+    assert torch.get_float32_matmul_precision() == "highest"
+    for other in others:
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ class FoundationModel(nn.Module, ABC):
         packed = data if isinstance(data, PackedCells) else self.tokenize(data)
         layer = self.default_layer if layer is None else layer
         names = self.token_names()
-        size = max(names) + 1
+        size = self.config.vocab_size
         sums: Tensor | None = None
         counts = torch.zeros(size, dtype=torch.int64, device=self.device)
         budget = token_budget or default_token_budget(self.device)
@@ -150,7 +150,7 @@ class FoundationModel(nn.Module, ABC):
         seen = [
             token
             for token in counts.nonzero().flatten().tolist()
-            if specials or not names[token].startswith("<")
+            if specials or not names.get(token, "").startswith("<")
         ]
         means = (sums[seen] / counts[seen].unsqueeze(1)).float()
-        return [names[token] for token in seen], means.cpu().numpy()
+        return [names.get(token, str(token)) for token in seen], means.cpu().numpy()

@@ -67,7 +67,9 @@ def embed_cells(
     out = np.full((num_cells, model.config.hidden_size), np.nan, dtype=np.float32)
     embedded = np.zeros(num_cells, dtype=bool)
     done = tokens = 0
-    for pack in _gathered(stream, budget * _BATCHES_IN_HAND):
+    for gathered in _gathered(stream, budget * _BATCHES_IN_HAND):
+        # A cell without tokens has no first token to read; it stays NaN and follows the policy below.
+        pack = gathered.select(gathered.lengths > 0)
         for batch in packed_batches(pack, budget):
             rows = batch.cell_ids.numpy()
             out[rows] = model.embed_batch(batch, layer=layer, pooling=pooling).float().cpu().numpy()
@@ -101,7 +103,7 @@ def _gathered(stream: Iterator[PackedCells], enough: int) -> Iterator[PackedCell
 
 
 def _apply_policy(out: np.ndarray, embedded: np.ndarray, policy: BadCellPolicy, name: str) -> np.ndarray:
-    # A cell with zero tokens can also reach the model in a pack: its vector is NaN and it is as bad.
+    # A cell of special tokens only has a mean over no gene: NaN, and as bad as a cell without tokens.
     good = embedded & ~np.isnan(out).any(axis=1)
     if good.all():
         return out

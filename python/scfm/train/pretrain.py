@@ -117,7 +117,7 @@ def _train(
             "tokens_per_s": round(metrics["tokens"] / took, 1),
             "cells_per_s": round(metrics["cells"] / took, 1),
             "seconds": round(time.perf_counter() - start, 3),
-            "progress": round(share, 5),
+            "progress": round(max((step + 1) / total_steps, (time.perf_counter() - start) / seconds), 5),
         }
         if config.evaluate_every and (step + 1) % config.evaluate_every == 0 and corpus.held_out.num_cells:
             metrics["held_out_loss"] = evaluate_masked(

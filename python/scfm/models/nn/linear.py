@@ -24,7 +24,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(out_features))
         self.compute_dtype = torch.float32
-        self._copy: tuple[tuple[int, int], Tensor, Tensor] | None = None
+        self._copy: tuple[tuple[int, ...], Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         return row_stable_linear(x, *self.weights())
@@ -35,8 +35,8 @@ class Linear(nn.Module):
             return self.weight, self.bias
         if torch.is_grad_enabled() and self.weight.requires_grad:
             return self.weight.to(self.compute_dtype), self.bias.to(self.compute_dtype)
-        version = (self.weight._version, self.bias._version)
-        if self._copy is None or self._copy[0] != version or self._copy[1].device != self.weight.device:
+        version = (self.weight.data_ptr(), self.weight._version, self.bias.data_ptr(), self.bias._version)
+        if self._copy is None or self._copy[0] != version:
             weight = self.weight.detach().to(self.compute_dtype)
             self._copy = (version, weight, self.bias.detach().to(self.compute_dtype))
         return self._copy[1], self._copy[2]

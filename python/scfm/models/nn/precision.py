@@ -8,6 +8,7 @@ product has shown float32 accuracy on this very machine.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -59,16 +60,43 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 @contextmanager
 def fast_float32(device: torch.device) -> Iterator[None]:
-    """Within: float32 products on CPU take oneDNN's path if it is as accurate as float32 should be."""
+    """Within: float32 products on CPU take oneDNN's path if it is as accurate as float32 should be.
+
+    The setting is torch's global one; it is counted, so that threads leave behind what the first one found.
+    """
     if device.type != "cpu" or not _medium_is_exact():
         yield
         return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    _setting.enter()
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        _setting.leave()
+
+
+class _MediumPrecision:
+    """torch's float32 precision at "medium" while anyone is inside."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = "highest"
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._before = torch.get_float32_matmul_precision()
+                torch.set_float32_matmul_precision("medium")
+            self._inside += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                torch.set_float32_matmul_precision(self._before)
+
+
+_setting = _MediumPrecision()
 
 
 @cache
