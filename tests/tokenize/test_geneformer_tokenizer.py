@@ -71,8 +71,20 @@ def test_cells_without_tokens_are_left_out_and_named_by_what_remains() -> None:
 
 def test_filter_pass_leaves_cells_out_as_the_authors_do() -> None:
     tokenizer = scfm.GeneformerTokenizer(vocab())
-    packed = tokenizer(cells([[1, 2]] * 3, filter_pass=[1, 0, 1]))
+    with pytest.warns(scfm.ScfmWarning, match="1 cells were left out by"):
+        packed = tokenizer(cells([[1, 2]] * 3, filter_pass=[1, 0, 1]))
     assert packed.cell_ids.tolist() == [0, 2] and tokenizer.report.num_filtered == 1
+
+
+def test_a_filter_pass_of_text_is_refused_rather_than_dropping_every_cell() -> None:
+    with pytest.raises(InvalidArgumentError, match="filter_pass"):
+        scfm.GeneformerTokenizer(vocab())(cells([[1, 2]], filter_pass=["1"]))
+
+
+def test_errors_name_the_row_of_the_file_also_in_a_selection() -> None:
+    adata = cells([[1, 2]] * 20, n_counts=[3.0] * 15 + [0.0] + [3.0] * 4)
+    with pytest.raises(BadCellError, match="row 15"):
+        scfm.GeneformerTokenizer(vocab())(scfm.read(adata).select(range(10, 20)))
 
 
 def stored_zeros() -> ad.AnnData:

@@ -208,6 +208,7 @@ def check_tree(group: h5py.Group | h5py.Dataset, *, path: str) -> None:
     """
     file = group.file
     total = 0
+    seen: set[Any] = set()
 
     def visit(node: Any, ancestors: tuple[Any, ...]) -> None:
         nonlocal total
@@ -224,6 +225,9 @@ def check_tree(group: h5py.Group | h5py.Dataset, *, path: str) -> None:
             address = h5py.h5o.get_info(node.id).addr
             if address in ancestors:
                 raise UnsafeFileError("contains itself", path=path, where=str(node.name))
+            if address in seen:  # a group under two names: a chain of those doubles at every step
+                return
+            seen.add(address)
             for name in node:
                 visit(_walk(file, node, name, path, [_MAX_LINKS]), (*ancestors, address))
 

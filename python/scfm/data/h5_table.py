@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from scfm.data.h5_file import Hdf5File, check_dataset, check_tree, locate, reading
-from scfm.errors import FormatError
+from scfm.errors import FormatError, UnsafeFileError
 
 __all__ = ["decoded", "read_table", "table_length"]
 
@@ -57,6 +57,7 @@ def read_table(file: Hdf5File, place: str) -> pd.DataFrame:
         if node is None:
             raise FormatError("is missing", path=file.path, where=place)
         check_tree(node, path=file.path)
+        _check_named_columns(node, file.path)
         with reading(file.path, place), warnings.catch_warnings():
             # Old files lack encoding marks; that they are readable is all that matters here.
             warnings.simplefilter("ignore")
@@ -64,6 +65,17 @@ def read_table(file: Hdf5File, place: str) -> pd.DataFrame:
     if not isinstance(table, pd.DataFrame):
         raise FormatError(f"is a {type(table).__name__}, expected a table", path=file.path, where=place)
     return table
+
+
+def _check_named_columns(table: h5py.Group | h5py.Dataset, path: str) -> None:
+    """Names of columns are followed by the reader like paths: one with a slash would leave the table."""
+    named = [table.attrs.get("_index", "")]
+    named.extend(np.ravel(table.attrs.get("column-order", [])))
+    for name in map(decoded, named):
+        if "/" in name:
+            raise UnsafeFileError(
+                f"names a column {name[:100]!r} outside the table", path=path, where=table.name
+            )
 
 
 def _from_records(dataset: h5py.Dataset) -> pd.DataFrame:

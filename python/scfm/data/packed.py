@@ -65,6 +65,11 @@ class PackedCells:
     ) -> PackedCells:
         """Pack lists of tokens, one list a cell; cells are numbered 0..C-1."""
         if values is not None:
+            if len(values) != len(token_ids):
+                raise InvalidArgumentError(
+                    f"{len(token_ids)} cells of tokens and {len(values)} of values",
+                    where="PackedCells.from_lists",
+                )
             for cell, (tokens, numbers) in enumerate(zip(token_ids, values, strict=True)):
                 if len(tokens) != len(numbers):
                     raise InvalidArgumentError(
@@ -100,9 +105,17 @@ class PackedCells:
         if isinstance(cells, slice):
             chosen = torch.arange(self.num_cells)[cells]
         else:
-            chosen = torch.as_tensor(np.asarray(cells))
-            if chosen.dtype == torch.bool:
-                chosen = chosen.nonzero().flatten()
+            given = np.asarray(cells)
+            if given.dtype == bool and given.shape != (self.num_cells,):
+                raise InvalidArgumentError(
+                    f"a mask of shape {given.shape}; the pack has {self.num_cells} cells",
+                    where="PackedCells.select",
+                )
+            if given.size and given.dtype.kind not in "biu":
+                raise InvalidArgumentError(
+                    f"cells of dtype {given.dtype}; expected positions or a mask", where="PackedCells.select"
+                )
+            chosen = torch.as_tensor(np.flatnonzero(given) if given.dtype == bool else given.astype(np.int64))
         chosen = chosen.to(torch.int64)
         if chosen.numel() and (int(chosen.min()) < 0 or int(chosen.max()) >= self.num_cells):
             raise InvalidArgumentError(
@@ -170,5 +183,12 @@ def _expect(tensor: Tensor, name: str, dtype: torch.dtype) -> None:
 
 
 def _flatten(lists: Sequence[Sequence[float]], dtype: type[np.generic]) -> Tensor:
-    flat = [np.asarray(cell, dtype=dtype) for cell in lists]
-    return torch.from_numpy(np.concatenate(flat) if flat else np.empty(0, dtype=dtype))
+    flat = np.concatenate([np.asarray(cell) for cell in lists if len(cell)] or [np.empty(0, dtype=dtype)])
+    if dtype is np.int32 and flat.size:
+        limits = np.iinfo(np.int32)
+        if flat.dtype.kind not in "iu" or flat.min() < limits.min or flat.max() > limits.max:
+            raise InvalidArgumentError(
+                f"token ids must be whole numbers of 32 bits, found {flat.dtype} from {flat.min()} to {flat.max()}",
+                where="PackedCells.from_lists",
+            )
+    return torch.from_numpy(flat.astype(dtype))

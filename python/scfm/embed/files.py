@@ -15,7 +15,8 @@ import h5py
 import numpy as np
 from anndata.io import write_elem
 
-from scfm.errors import InvalidArgumentError, MissingFileError
+from scfm.data.h5_file import Hdf5File, locate
+from scfm.errors import FormatError, InvalidArgumentError, MissingFileError, UnsafeFileError
 
 
 @contextmanager
@@ -40,34 +41,56 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def write_npy(path: Path, embedding: np.ndarray, facts: dict[str, Any]) -> None:
     """``path`` (.npy) and ``path``.json with the provenance."""
-    with whole_file(path.with_name(path.name + ".json")) as temporary:
-        temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    description = path.with_name(path.name + ".json")
+    description.unlink(missing_ok=True)  # an old one must never stand beside new numbers
     with whole_file(path) as temporary, temporary.open("wb") as stream:
         np.save(stream, embedding, allow_pickle=False)
+    with whole_file(description) as temporary:
+        temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def write_h5ad_copy(source: Path, path: Path, embedding: np.ndarray, key: str, facts: dict[str, Any]) -> None:
     """A copy of ``source`` with ``obsm[key]`` and ``uns["scfm"][key]``; the source stays as it is."""
-    if path.exists() and path.samefile(source):
-        raise InvalidArgumentError("is the input itself", path=path, hint="Write to another file.")
+    check_h5ad_copy(source, path)
     with whole_file(path) as temporary:
         shutil.copyfile(source, temporary)
         with h5py.File(temporary, "r+") as file:
-            obsm = file.require_group("obsm")
-            _ensure_mapping(obsm)
-            if key in obsm:
-                del obsm[key]
-            write_elem(obsm, key, embedding)
-            uns = file.require_group("uns")
-            _ensure_mapping(uns)
-            scfm_group = uns.require_group("scfm")
-            _ensure_mapping(scfm_group)
-            if key in scfm_group:
-                del scfm_group[key]
-            write_elem(scfm_group, key, facts)
+            _write_into(_mapping(file, "obsm", source), key, embedding)
+            _write_into(_mapping(_mapping(file, "uns", source), "scfm", source), key, facts)
 
 
-def _ensure_mapping(group: h5py.Group) -> None:
-    """A group that anndata reads as a mapping, also when this call made it."""
+def check_h5ad_copy(source: Path, path: Path) -> None:
+    """Raise now what write_h5ad_copy would raise after hours of embedding."""
+    if path.exists() and path.samefile(source):
+        raise InvalidArgumentError("is the input itself", path=path, hint="Write to another file.")
+    with Hdf5File(source).opened() as file:
+        for place in ("obsm", "uns", "uns/scfm"):
+            node = locate(file, place, path=str(source))
+            if not isinstance(node, h5py.Group | None):
+                raise FormatError(
+                    "is a table of an anndata older than 0.7, beside which nothing can be written",
+                    path=source,
+                    where=place,
+                    hint="Write the embedding to .npy, or rewrite the file: anndata.read_h5ad(...).write_h5ad(...).",
+                )
+
+
+def _mapping(parent: h5py.Group, name: str, source: Path) -> h5py.Group:
+    """The group ``name``, of this file and no other, marked so that anndata reads it as a mapping."""
+    link = parent.get(name, getlink=True)
+    if link is not None and not isinstance(link, h5py.HardLink):
+        raise UnsafeFileError(
+            "is a link: writing there would change what it points to",
+            path=source,
+            where=f"{parent.name}/{name}",
+        )
+    group = parent.require_group(name)
     group.attrs.setdefault("encoding-type", "dict")
     group.attrs.setdefault("encoding-version", "0.1.0")
+    return group
+
+
+def _write_into(group: h5py.Group, key: str, value: Any) -> None:
+    if key in group:
+        del group[key]
+    write_elem(group, key, value)

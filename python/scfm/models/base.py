@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from scfm.data.packed import PackedCells
+from scfm.data.read import read
 from scfm.models.engine import BadCellPolicy, Progress, default_token_budget, embed_cells, packed_batches
 from scfm.models.load_report import LoadReport
 from scfm.models.nn.linear import Linear
@@ -33,26 +35,33 @@ class FoundationModel(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def default_layer(self) -> int: ...
+    def default_layer(self) -> int:
+        """The authors' layer for cell embeddings, counted from the last (0) downwards."""
 
     @property
     @abstractmethod
-    def default_pooling(self) -> str: ...
+    def default_pooling(self) -> str:
+        """The authors' pooling for cell embeddings."""
 
     @abstractmethod
-    def embed_batch(self, packed: PackedCells, *, layer: int, pooling: str) -> Tensor: ...
+    def embed_batch(self, packed: PackedCells, *, layer: int, pooling: str) -> Tensor:
+        """One batch's cell embeddings, float32 (C, hidden_size). Raises InvalidArgumentError."""
 
     @abstractmethod
-    def hidden_at(self, packed: PackedCells, layer: int) -> Tensor: ...
+    def hidden_at(self, packed: PackedCells, layer: int) -> Tensor:
+        """One layer's hidden states of a batch, float32 (T, hidden_size)."""
 
     @abstractmethod
-    def gene_table_embeddings(self) -> tuple[list[str], np.ndarray]: ...
+    def gene_table_embeddings(self) -> tuple[list[str], np.ndarray]:
+        """The trained gene table: names and float32 (genes, hidden_size)."""
 
     @abstractmethod
-    def token_names(self) -> dict[int, str]: ...
+    def token_names(self) -> dict[int, str]:
+        """Token id to gene (or special token)."""
 
     @abstractmethod
-    def save(self, folder: str | Path) -> Path: ...
+    def save(self, folder: str | Path) -> Path:
+        """Write scfm's folder, whole or not at all; raises InvalidArgumentError if it holds something."""
 
     @property
     def device(self) -> torch.device:
@@ -74,9 +83,18 @@ class FoundationModel(nn.Module, ABC):
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def tokenize(self, data: Any, **options: Any) -> PackedCells:
+    def tokenize(
+        self,
+        data: Any,
+        *,
+        counts_layer: str | None = None,
+        assume_counts: bool = False,
+        species: str | None = None,
+    ) -> PackedCells:
         """Tokens of every cell of ``data`` (whatever scfm.read accepts); cells without tokens are left out."""
-        packed: PackedCells = self.tokenizer(data, **options)
+        packed: PackedCells = self.tokenizer(
+            data, layer=counts_layer, assume_counts=assume_counts, species=species
+        )
         return packed
 
     def embed(
@@ -131,14 +149,14 @@ class FoundationModel(nn.Module, ABC):
         """
         if data is None:
             return self.gene_table_embeddings()
-        packed = data if isinstance(data, PackedCells) else self.tokenize(data)
+        stream = iter([data]) if isinstance(data, PackedCells) else self.tokenizer.packs(read(data))
         layer = self.default_layer if layer is None else layer
         names = self.token_names()
         size = self.config.vocab_size
         sums: Tensor | None = None
         counts = torch.zeros(size, dtype=torch.int64, device=self.device)
         budget = token_budget or default_token_budget(self.device)
-        for batch in packed_batches(packed, budget):
+        for batch in chain.from_iterable(packed_batches(pack, budget) for pack in stream):
             hidden = self.hidden_at(batch, layer).double()
             tokens = batch.token_ids.to(self.device, torch.int64)
             if sums is None:

@@ -67,6 +67,8 @@ def embed_cells(
     out = np.full((num_cells, model.config.hidden_size), np.nan, dtype=np.float32)
     embedded = np.zeros(num_cells, dtype=bool)
     done = tokens = 0
+    if on_bad_cell == "error":
+        stream = _complete(stream, name)
     for gathered in _gathered(stream, budget * _BATCHES_IN_HAND):
         # A cell without tokens has no first token to read; it stays NaN and follows the policy below.
         pack = gathered.select(gathered.lengths > 0)
@@ -89,6 +91,19 @@ def _renumbered(packed: PackedCells) -> PackedCells:
     )
 
 
+def _complete(stream: Iterator[PackedCells], name: str) -> Iterator[PackedCells]:
+    """The stream, as long as no row is missing from it: an error at once, not after the whole atlas."""
+    expected = 0
+    for pack in stream:
+        rows = pack.cell_ids.numpy()
+        bad = np.setdiff1d(np.arange(expected, int(rows.max(initial=expected - 1)) + 1), rows)
+        bad = np.union1d(bad, rows[pack.lengths.numpy() == 0])
+        if bad.size:
+            raise _no_known_gene(bad, name)
+        expected += len(rows)
+        yield pack
+
+
 def _gathered(stream: Iterator[PackedCells], enough: int) -> Iterator[PackedCells]:
     waiting: list[PackedCells] = []
     tokens = 0
@@ -108,11 +123,14 @@ def _apply_policy(out: np.ndarray, embedded: np.ndarray, policy: BadCellPolicy, 
     if good.all():
         return out
     if policy == "error":
-        bad = np.flatnonzero(~good)
-        raise BadCellError(
-            f"{bad.size} of {good.size} cells have no gene that the model knows: rows "
-            f"{', '.join(map(str, bad[:5]))}{' ...' if bad.size > 5 else ''}",
-            path=name,
-            hint='Pass on_bad_cell="nan" for rows of NaN, or on_bad_cell="skip" to leave them out.',
-        )
+        raise _no_known_gene(np.flatnonzero(~good), name)
     return out[good] if policy == "skip" else out
+
+
+def _no_known_gene(rows: np.ndarray, name: str) -> BadCellError:
+    return BadCellError(
+        f"{rows.size} cells so far have no gene that the model knows: rows "
+        f"{', '.join(map(str, rows[:5]))}{' ...' if rows.size > 5 else ''}",
+        path=name,
+        hint='Pass on_bad_cell="nan" for rows of NaN, or on_bad_cell="skip" to leave them out.',
+    )

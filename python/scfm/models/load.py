@@ -53,9 +53,10 @@ def load(
     target = resolve_device(device)
     resolved = resolve(path, revision=revision, sha256=sha256)
     found = inspect_folder(resolved.folder, family=family)
-    model = load_geneformer(
-        found.folder, found.weights, dictionaries=dictionaries, version=version, trust_pickle=trust_pickle
-    )
+    with torch.inference_mode(False):  # parameters made inside inference_mode could never be trained or cast
+        model = load_geneformer(
+            found.folder, found.weights, dictionaries=dictionaries, version=version, trust_pickle=trust_pickle
+        )
     model.source = "/".join(filter(None, (resolved.repo_id, resolved.subfolder))) or str(found.folder)
     if model.load_report is not None:
         model.load_report = replace(model.load_report, revision=resolved.revision)

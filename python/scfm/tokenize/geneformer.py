@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 
 from scfm import _native
@@ -233,9 +234,11 @@ class GeneformerTokenizer:
     def _warn(self, report: TokenizeReport) -> None:
         if report.num_stored_zeros and self.options.stored_zeros == "keep":
             report.notes.append(
-                f"{report.num_stored_zeros:,} explicitly stored zeros became tokens, ranked last, as in the "
-                'original; stored_zeros="drop" leaves them out'
+                f"{report.num_stored_zeros:,} explicitly stored zeros; those of known genes became tokens, "
+                'ranked last, as in the original; stored_zeros="drop" leaves them out'
             )
+        if report.num_filtered:
+            report.notes.append(f"{report.num_filtered:,} cells were left out by obs['filter_pass']")
         if report.coverage.share_of_counts is not None and report.coverage.share_of_counts < 0.5:
             report.notes.append(f"only {report.coverage.share_of_counts:.1%} of counts were mapped")
         for note in report.notes:
@@ -268,7 +271,7 @@ def _library_size(source: CellSource) -> tuple[np.ndarray | None, str]:
     bad = np.flatnonzero(~(np.isfinite(column) & (column >= 0)))
     if bad.size:
         raise BadCellError(
-            f"{column[bad[0]]} in row {bad[0]} ({bad.size} such rows); expected finite numbers of at least 0",
+            f"{column[bad[0]]} in row {source.rows[bad[0]]} ({bad.size} such rows); expected finite numbers from 0",
             path=source.name,
             where="obs['n_counts']",
             hint="Drop the column and the row sums are used.",
@@ -283,7 +286,7 @@ def _check_library_size(sizes: np.ndarray, totals: np.ndarray, block: CsrBlock, 
         raise BadCellError(
             f"is 0 while the cell has {totals[wrong[0]]:g} counts ({wrong.size} such cells in this block)",
             path=name,
-            where=f"obs['n_counts'], row {block.row_start + wrong[0]}",
+            where=f"obs['n_counts'], row {block.rows[wrong[0]]}",
             hint="Drop the column and the row sums are used.",
         )
 
@@ -291,7 +294,14 @@ def _check_library_size(sizes: np.ndarray, totals: np.ndarray, block: CsrBlock, 
 def _filter_pass(source: CellSource) -> np.ndarray | None:
     if "filter_pass" not in source.obs.columns:
         return None
-    return np.asarray(source.obs["filter_pass"] == 1, dtype=bool)
+    column = source.obs["filter_pass"]
+    if not (pd.api.types.is_bool_dtype(column) or pd.api.types.is_numeric_dtype(column)):
+        raise InvalidArgumentError(
+            f"dtype {column.dtype}; expected numbers, 1 for the cells to keep",
+            where="obs['filter_pass']",
+            hint="Make it numeric, or drop it to keep every cell.",
+        )
+    return np.asarray(column == 1, dtype=bool)
 
 
 def _plan_notes(plan: GenePlan) -> list[str]:

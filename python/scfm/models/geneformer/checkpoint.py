@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from scfm.data.safe_pickle import load_json
-from scfm.errors import CheckpointError, InvalidArgumentError, MissingFileError
+from scfm.errors import CheckpointError, ConfigError, InvalidArgumentError, MissingFileError
 from scfm.models.folder import FORMAT_VERSION
 from scfm.models.geneformer.config import GeneformerConfig
 from scfm.models.geneformer.model import Geneformer
@@ -40,7 +40,9 @@ def load_geneformer(
 
     Raises MissingFileError, ConfigError, CheckpointError, FormatError or UnsafeCheckpointError.
     """
-    config = read_config(folder)
+    config, saved_version = read_config(folder)
+    if version is None:
+        version = saved_version
     vocab = GeneformerDictionaries.find(folder, dictionaries, version, vocab_size=config.vocab_size)
     weights = read_weights(weights_file or folder, trust_pickle=trust_pickle)
     has_head = any(name.startswith(HEAD_PREFIX) for name in weights)
@@ -66,11 +68,16 @@ def load_geneformer(
     return model.eval()
 
 
-def read_config(folder: Path) -> GeneformerConfig:
+def read_config(folder: Path) -> tuple[GeneformerConfig, str | None]:
+    """The shape, and in scfm's own folder the version ("V1" or "V2") that the model was saved as."""
     path = folder / "config.json"
     if not path.is_file():
         raise MissingFileError("no config.json in the model's folder", path=folder)
-    return GeneformerConfig.from_hf(load_json(path), path)
+    content = load_json(path)
+    version = content.get("scfm", {}).get("version") if isinstance(content.get("scfm"), dict) else None
+    if version not in (None, "V1", "V2"):
+        raise ConfigError(f'{version!r}; expected "V1" or "V2"', path=path, where="scfm.version")
+    return GeneformerConfig.from_hf(content, path), version
 
 
 def save_geneformer(model: Geneformer, folder: Path) -> Path:

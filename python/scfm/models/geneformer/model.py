@@ -232,6 +232,12 @@ class Geneformer(FoundationModel):
         return hidden
 
     def _num_layers_for(self, layer: int) -> int:
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise InvalidArgumentError(
+                f"{layer!r}; expected a whole number, 0 for the last layer",
+                where="layer",
+                hint="The layer that holds the counts is counts_layer=.",
+            )
         if not -self.config.num_layers <= layer <= 0:
             raise InvalidArgumentError(
                 f"{layer}; expected {-self.config.num_layers} (embedding) to 0 (last layer)", where="layer"

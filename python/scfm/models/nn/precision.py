@@ -41,9 +41,11 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise InvalidArgumentError(str(error).splitlines()[0], where="device") from error
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InvalidArgumentError(f"{device!r}: {str(error).splitlines()[0]}", where="device") from error
+    return chosen
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
