@@ -95,6 +95,10 @@ def test_an_encoder_without_a_head_embeds_and_says_it_has_no_logits(folder, tiny
 
 def test_without_dictionaries_the_version_is_asked_for_never_guessed(folder, tiny_adata) -> None:
     (folder / "vocab.json").unlink()
+    assert scfm.load(folder).version == "V2"  # scfm's own folder remembers it; the authors' cannot
+    config = json.loads((folder / "config.json").read_text())
+    del config["scfm"]
+    (folder / "config.json").write_text(json.dumps(config))
     packed = scfm.PackedCells.from_lists([[2, 9, 8, 3]])
     model = scfm.load(folder)
     assert model.forward(packed).hidden.shape == (4, 32)

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 
 import scfm
@@ -102,6 +103,22 @@ def test_medians_equal_the_definition(tiny_adata) -> None:
         assert median == pytest.approx(np.median(expressed), rel=1e-6) if expressed.size else np.isnan(median)
 
 
+def test_medians_are_of_what_the_tokenizer_ranks(corpus) -> None:
+    """The same library size, columns summed where it sums them, and training cells only."""
+    import anndata as ad
+
+    from scfm.train.corpus import build_dictionaries
+
+    gene, other = corpus.var_names[:2]
+    adata = ad.AnnData(sp.csr_matrix(np.float32([[2, 3, 5], [1, 1, 8], [9, 9, 0]])))
+    adata.var_names = [gene, f"{gene}.5", other]
+    adata.obs["n_counts"] = [100.0, 50.0, 10.0]
+    held_out = [np.array([False, False, True])]
+    vocab = build_dictionaries([scfm.read(adata)], version="V2", held_out=held_out)
+    assert vocab.median[gene] == pytest.approx((500 + 400) / 2)
+    assert vocab.median[other] == pytest.approx((500 + 1600) / 2)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_unapplied(corpus, tmp_path, monkeypatch) -> None:
     from scfm.train import pretrain as module
 
@@ -140,12 +157,35 @@ def test_schedule_rises_and_falls_to_zero() -> None:
         ({"schedule": "step"}, "schedule"),
         ({"preset": "V9"}, "preset"),
         ({"max_minutes": -1}, "max_minutes"),
+        ({"max_steps": "ten"}, "max_steps"),
+        ({"max_steps": 0.5}, "max_steps"),
+        ({"seed": -1}, "seed"),
+        ({"clip_norm": -1}, "clip_norm"),
+        ({"clip_norm": "x"}, "clip_norm"),
+        ({"species": "rat"}, "species"),
+        ({"special_tokens": "no"}, "special_tokens"),
+        ({"device": "abacus"}, "device"),
+        ({"layer": 3}, "layer"),
+        ({"out": 3}, "out"),
     ],
     ids=str,
 )
 def test_wrong_settings_are_named_before_any_data_is_read(settings: dict, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         scfm.PretrainConfig.from_mapping({"data": ["missing.h5ad"], **settings})
+
+
+def test_what_is_given_beside_a_preset_counts() -> None:
+    config = scfm.PretrainConfig(preset="V2-104M", num_layers=6, max_tokens=2048)
+    assert (config.num_layers, config.max_tokens, config.hidden_size) == (6, 2048, 768)
+
+
+def test_the_callers_random_numbers_are_left_alone(corpus, tmp_path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    run(corpus, tmp_path / "run", dropout=0.1, num_epochs=1)
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_toml_with_overrides(tmp_path) -> None:

@@ -170,11 +170,11 @@ class GeneformerTokenizer:
             rules=self.options.gene_rules,
         )
         plan = plan_genes(mapping, self.vocab, sum_duplicates=self.options.duplicate_genes == "sum")
-        library_size, origin = _library_size(source)
+        library_size, origin = library_size_of(source)
         report = TokenizeReport(source.name, source.counts_from, origin, mapping.coverage())
         self.report = report
         report.notes += [*mapping.notes, *_plan_notes(plan)]
-        keep = _filter_pass(source) if use_filter_pass else None
+        keep = filter_pass_of(source) if use_filter_pass else None
         for block in source.blocks(block_size):
             yield self._tokenize(block, plan, library_size, keep, source.dense, report)
         report.num_stored_zeros = source.report.num_zeros
@@ -256,7 +256,7 @@ class GeneformerTokenizer:
         }
 
 
-def _library_size(source: CellSource) -> tuple[np.ndarray | None, str]:
+def library_size_of(source: CellSource) -> tuple[np.ndarray | None, str]:
     """obs["n_counts"] as the authors require it; where it is absent, None: the row sums will be used."""
     if "n_counts" not in source.obs.columns:
         return None, "row sums"
@@ -291,7 +291,8 @@ def _check_library_size(sizes: np.ndarray, totals: np.ndarray, block: CsrBlock, 
         )
 
 
-def _filter_pass(source: CellSource) -> np.ndarray | None:
+def filter_pass_of(source: CellSource) -> np.ndarray | None:
+    """bool (cells,): obs["filter_pass"] == 1, the authors' switch for cells; None without the column."""
     if "filter_pass" not in source.obs.columns:
         return None
     column = source.obs["filter_pass"]

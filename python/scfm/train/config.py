@@ -12,16 +12,15 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from scfm.errors import ConfigError, MissingFileError
+from scfm.errors import ConfigError, InvalidArgumentError, MissingFileError
+from scfm.models.geneformer.config import GeneformerConfig
+from scfm.models.nn.precision import resolve_device
 
-_SHAPES = {
-    "V1-10M": {"num_layers": 6, "hidden_size": 256, "num_heads": 4, "ffn_size": 512, "max_tokens": 2048},
-    "V1-12L": {"num_layers": 12, "hidden_size": 512, "num_heads": 8, "ffn_size": 1024, "max_tokens": 2048},
-    "V2-104M": {"num_layers": 12, "hidden_size": 768, "num_heads": 12, "ffn_size": 3072, "max_tokens": 4096},
-    "V2-316M": {"num_layers": 18, "hidden_size": 1152, "num_heads": 18, "ffn_size": 4608, "max_tokens": 4096},
-}
+_SHAPE = ("num_layers", "hidden_size", "num_heads", "ffn_size", "max_tokens")
+_DEFAULT_PRESET = "V1-10M"
 
 
 @dataclass
@@ -29,8 +28,9 @@ class PretrainConfig:
     """One pretraining run of a Geneformer.
 
     data: files or AnnData objects with raw counts; out: folder for the model, metrics and settings.
-    preset: one of the released shapes, else num_layers .. max_tokens; special_tokens: <cls> and <eos> around
-    each cell (V2) or not (V1). dictionaries: take tokens and medians from there instead of from the corpus.
+    preset: one of the released shapes; num_layers .. max_tokens take its values unless given.
+    special_tokens: <cls> and <eos> around each cell (V2) or not (V1). dictionaries: take tokens and medians
+    from there instead of from the corpus.
     mask_ratio, batch_cells, learning_rate, weight_decay, warmup_ratio, schedule ("linear" | "cosine"),
     clip_norm: as usual. The run ends at num_epochs, max_steps or max_minutes, whichever comes first; the
     learning rate reaches zero there. held_out_fraction: cells kept out for evaluation, chosen by
@@ -39,12 +39,12 @@ class PretrainConfig:
 
     data: list[Any] = field(default_factory=list)
     out: str | Path = "scfm-pretrained"
-    preset: str | None = None
-    num_layers: int = 6
-    hidden_size: int = 256
-    num_heads: int = 4
-    ffn_size: int = 512
-    max_tokens: int = 2048
+    preset: str = _DEFAULT_PRESET
+    num_layers: int = None  # type: ignore[assignment]  # filled from the preset when not given
+    hidden_size: int = None  # type: ignore[assignment]
+    num_heads: int = None  # type: ignore[assignment]
+    ffn_size: int = None  # type: ignore[assignment]
+    max_tokens: int = None  # type: ignore[assignment]
     special_tokens: bool = True
     dictionaries: str | Path | None = None
     layer: str | None = None
@@ -66,13 +66,12 @@ class PretrainConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.preset is not None:
-            if self.preset not in _SHAPES:
-                raise ConfigError(f"{self.preset!r}; expected one of {sorted(_SHAPES)}", where="preset")
-            defaults = {f.name: f.default for f in fields(self)}
-            for name, value in _SHAPES[self.preset].items():
-                if getattr(self, name) == defaults[name]:
-                    setattr(self, name, value)
+        if not isinstance(self.preset, str):
+            raise ConfigError(f"{self.preset!r}; expected a name such as 'V1-10M'", where="preset")
+        shape = GeneformerConfig.preset(self.preset)
+        for name in _SHAPE:
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(shape, name))
         given: Any = self.data
         self.data = list(given) if isinstance(given, list | tuple) else [given]
         self._check()
@@ -114,30 +113,61 @@ class PretrainConfig:
         return json.dumps(self.to_dict(), indent=2)
 
     def _check(self) -> None:
-        whole = {"num_layers": 200, "hidden_size": 16384, "num_heads": 512, "ffn_size": 65536}
-        whole |= {"max_tokens": 1_000_000, "batch_cells": 1_000_000, "num_epochs": 1_000_000}
-        for name, most in whole.items():
+        for name, most in _WHOLE.items():
+            _expect_whole(name, getattr(self, name), 0 if name == "seed" else 1, most)
+        for name, below in _FRACTIONS.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                raise ConfigError(f"{value!r}; expected a whole number from 1 to {most}", where=name)
+            if not _is_number(value) or not 0 <= value < below:
+                raise ConfigError(f"{value!r}; expected a number from 0 to below {below}", where=name)
+        for name in ("mask_ratio", "learning_rate", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{getattr(self, name)!r}; expected more than 0", where=name)
+        for name in ("max_steps", "evaluate_every"):
+            if getattr(self, name) is not None:
+                _expect_whole(name, getattr(self, name), 1, 10**12)
+        if self.max_minutes is not None and not (_is_number(self.max_minutes) and self.max_minutes > 0):
+            raise ConfigError(f"{self.max_minutes!r}; expected a positive number", where="max_minutes")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{getattr(self, name)!r}; expected one of {allowed}", where=name)
+        for name, kinds in _KINDS.items():
+            if not isinstance(getattr(self, name), kinds):
+                raise ConfigError(
+                    f"{getattr(self, name)!r} is a {type(getattr(self, name)).__name__}", where=name
+                )
         if self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"{self.hidden_size} is not a multiple of num_heads = {self.num_heads}", where="hidden_size"
             )
-        bounds = {"mask_ratio": (0.0, 1.0), "held_out_fraction": (0.0, 1.0), "dropout": (0.0, 1.0)}
-        bounds |= {"warmup_ratio": (0.0, 1.0), "learning_rate": (0.0, 10.0), "weight_decay": (0.0, 10.0)}
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
-                raise ConfigError(f"{value!r}; expected a number from {low} to below {high}", where=name)
-        for name in ("max_steps", "max_minutes", "evaluate_every"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not value > 0):
-                raise ConfigError(f"{value!r}; expected a positive number", where=name)
-        if self.mask_ratio == 0 or self.learning_rate == 0:
-            raise ConfigError("0; nothing would be learned", where="mask_ratio or learning_rate")
-        if self.schedule not in ("linear", "cosine"):
-            raise ConfigError(f'{self.schedule!r}; expected "linear" or "cosine"', where="schedule")
+        if Path(self.out).exists() and not Path(self.out).is_dir():
+            raise ConfigError("is a file; expected a folder to write to", path=self.out, where="out")
+        try:
+            resolve_device(self.device)
+        except InvalidArgumentError as error:
+            raise ConfigError(error.message, where="device") from error
+
+
+_WHOLE = {"num_layers": 200, "hidden_size": 16384, "num_heads": 512, "ffn_size": 65536}
+_WHOLE |= {"max_tokens": 1_000_000, "batch_cells": 1_000_000, "num_epochs": 1_000_000, "seed": 2**63 - 1}
+_FRACTIONS: dict[str, float] = {"mask_ratio": 1, "held_out_fraction": 1, "dropout": 1, "warmup_ratio": 1}
+_FRACTIONS |= {"learning_rate": 10, "weight_decay": 10, "clip_norm": 1e9}
+_CHOICES = {"schedule": ("linear", "cosine"), "species": ("human", "mouse"), "special_tokens": (True, False)}
+_KINDS: dict[str, Any] = {
+    "out": (str, Path),
+    "layer": (str, NoneType),
+    "dictionaries": (str, Path, NoneType),
+    "device": str,
+    "special_tokens": bool,
+}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _expect_whole(name: str, value: Any, least: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ConfigError(f"{value!r}; expected a whole number from {least} to {most}", where=name)
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:

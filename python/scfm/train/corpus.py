@@ -19,7 +19,7 @@ from scfm.data.read import read
 from scfm.data.source import CellSource
 from scfm.errors import ConfigError
 from scfm.tokenize.dictionaries import GeneformerDictionaries
-from scfm.tokenize.geneformer import GeneformerTokenizer
+from scfm.tokenize.geneformer import GeneformerTokenizer, filter_pass_of, library_size_of
 from scfm.train.config import PretrainConfig
 from scfm.train.gene_medians import GeneMedians
 
@@ -40,51 +40,76 @@ def read_corpus(config: PretrainConfig) -> Corpus:
     if not config.data:
         raise ConfigError("no data given", where="data", hint="Name at least one .h5ad file.")
     sources = [read(item, layer=config.layer) for item in config.data]
+    firsts = np.cumsum([0, *map(len, sources)])
+    held_out = held_out_cells(np.arange(firsts[-1]), config.held_out_fraction, config.seed)
     if config.dictionaries is not None:
         vocab = GeneformerDictionaries.from_files(config.dictionaries)
     else:
         vocab = build_dictionaries(
-            sources, version="V2" if config.special_tokens else "V1", species=config.species
+            sources,
+            version="V2" if config.special_tokens else "V1",
+            species=config.species,
+            held_out=np.split(held_out, firsts[1:-1]),
         )
     tokenizer = GeneformerTokenizer(vocab, max_tokens=config.max_tokens, species=config.species)
-    packs, first = [], 0
-    for source in sources:
-        for pack in tokenizer.packs(source):
-            packs.append(PackedCells(pack.token_ids, pack.values, pack.cu_seqlens, pack.cell_ids + first))
-        first += len(source)
+    packs = [
+        PackedCells(pack.token_ids, pack.values, pack.cu_seqlens, pack.cell_ids + int(first))
+        for first, source in zip(firsts, sources, strict=False)
+        for pack in tokenizer.packs(source)
+    ]
     everything = concatenate(packs)
-    held_out = held_out_cells(everything.cell_ids.numpy(), config.held_out_fraction, config.seed)
-    if not everything.num_cells or held_out.all():
-        raise ConfigError(f"no cell is left to train on of {first}", where="data")
-    return Corpus(
-        training=everything.select(torch.from_numpy(~held_out)),
-        held_out=everything.select(torch.from_numpy(held_out)),
-        tokenizer=tokenizer,
-    )
+    kept_out = torch.from_numpy(held_out)[everything.cell_ids]
+    if not everything.num_cells or bool(kept_out.all()):
+        raise ConfigError(f"no cell is left to train on of {firsts[-1]}", where="data")
+    return Corpus(everything.select(~kept_out), everything.select(kept_out), tokenizer)
 
 
 def build_dictionaries(
-    sources: Sequence[CellSource], *, version: str, species: str = "human"
+    sources: Sequence[CellSource],
+    *,
+    version: str,
+    species: str = "human",
+    held_out: Sequence[np.ndarray] | None = None,
 ) -> GeneformerDictionaries:
-    """Fresh dictionaries: every gene that some cell expresses, with its median over the corpus."""
+    """Fresh dictionaries: every gene that some training cell expresses, with its median over the corpus.
+
+    held_out: for each source bool (cells,), cells that neither vocabulary nor medians may see.
+    """
     symbol_of = {gene: symbol for symbol, genes in human_symbols().items() for gene in genes}
     vocabulary = sorted({*symbol_of, *_human_ids(sources)})
     number = {gene: i for i, gene in enumerate(vocabulary)}
     identity = {gene: gene for gene in vocabulary}
     collected = GeneMedians(len(vocabulary))
-    for source in sources:
-        mapping = map_genes(source.genes, known=identity, vocabulary=vocabulary, species=species, rules="all")
+    for i, source in enumerate(sources):
+        mapping = map_genes(source.genes, known=identity, vocabulary=vocabulary, species=species)
         column_gene = _column_gene(mapping, number)
+        rows = _training_rows(source, None if held_out is None else held_out[i])
+        library_size, _ = library_size_of(source)
         for block in source.blocks():
-            collected.add(block, column_gene)
+            span = slice(block.row_start, block.row_start + block.num_cells)
+            collected.add(
+                block,
+                column_gene,
+                library_size=None if library_size is None else library_size[span],
+                rows=rows[span],
+                sum_columns=mapping.collapse,
+            )
     medians = collected.medians()
     genes = [gene for gene, median in zip(vocabulary, medians, strict=True) if median > 0]
+    if not genes:
+        raise ConfigError("no training cell expresses a known gene", where="data")
     return GeneformerDictionaries.from_vocabulary(
         genes,
         {gene: float(medians[number[gene]]) for gene in genes},
         version=version,
         symbols={symbol_of[gene]: gene for gene in genes if gene in symbol_of},
     )
+
+
+def _training_rows(source: CellSource, held_out: np.ndarray | None) -> np.ndarray:
+    keep = filter_pass_of(source)
+    rows = np.ones(len(source), dtype=bool) if keep is None else keep
+    return rows if held_out is None else rows & ~held_out
 
 
 def _human_ids(sources: Sequence[CellSource]) -> set[str]:

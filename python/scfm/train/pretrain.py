@@ -66,7 +66,8 @@ def pretrain(
     out.mkdir(parents=True, exist_ok=True)
     (out / "settings.json").write_text(config.to_json() + "\n", encoding="utf-8")
     metrics_file = out / "metrics.jsonl"
-    with metrics_file.open("w", encoding="utf-8") as stream:
+    # Dropout is seeded at every step; the caller's generator is not ours to change.
+    with metrics_file.open("w", encoding="utf-8") as stream, torch.random.fork_rng():
         _train(model, corpus, config, stream, progress)
     model.eval()
     folder = model.save(out / "model")
