@@ -189,9 +189,17 @@ def test_each_gene_uses_the_column_that_serves_it() -> None:
         index=["a", "b", "c", CD3D, "e"],
     )
     mapping = mapped(genes)
-    assert mapping.ids == [CD3E, ACTB, GAPDH, CD3D, ENSA]
-    assert mapping.routes == ["ensembl", "symbol_table", "symbol_table", "ensembl", "ensembl_version"]
+    # The third bears an Ensembl id that no model knows: its symbol may be another gene's by now.
+    assert mapping.ids == [CD3E, ACTB, None, CD3D, ENSA]
+    assert mapping.routes == ["ensembl", "symbol_table", "unmapped", "ensembl", "ensembl_version"]
     assert not mapping.collapse
+
+
+def test_placeholders_that_spell_genes_are_not_genes() -> None:
+    names = [f"g{i}" for i in range(200)]
+    genes = pd.DataFrame({"feature_id": [CD3E, *[f"NOENS_{i}" for i in range(199)]]}, index=names)
+    assert mapped(genes).num_mapped == 1
+    assert mapped(pd.DataFrame(index=["cd3e", "actb", "gapdh"])).ids == [CD3E, ACTB, GAPDH]
 
 
 def test_authors_symbols_go_before_the_package_table() -> None:

@@ -19,7 +19,7 @@ import scfm
 from scfm.data import h5_matrix, matrix
 from scfm.data.read import read
 from scfm.data.source import CellSource
-from scfm.errors import FormatError, InvalidArgumentError, ResourceError
+from scfm.errors import FormatError, InvalidArgumentError, ResourceError, UnsafeFileError
 
 NUM_CELLS, NUM_GENES = 57, 23
 COUNTS = np.random.default_rng(5).poisson(0.7, (NUM_CELLS, NUM_GENES))
@@ -306,3 +306,26 @@ def test_golden_loom(goldens: Callable[[str], Path]) -> None:
     np.testing.assert_array_equal(dense(source, 3), expected)
     assert {"ensembl_id"} <= set(source.genes.columns)
     assert {"cell_type", "n_counts"} <= set(source.obs.columns)
+
+
+def test_a_table_cannot_name_columns_outside_itself(tmp_path: Path) -> None:
+    adata = ad.AnnData(
+        np.ones((3, 2), dtype=np.float32), obs=pd.DataFrame({"a": [1, 2, 3]}, index=list("xyz"))
+    )
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    with h5py.File(tmp_path / "a.h5ad", "r+") as file:
+        file["other"] = [7, 8, 9]
+        file["obs"].attrs["column-order"] = ["/other"]
+    with pytest.raises(UnsafeFileError, match="/other"):
+        _ = scfm.read(tmp_path / "a.h5ad").obs
+
+
+def test_groups_with_many_names_are_walked_once(tmp_path: Path) -> None:
+    adata = anndata.AnnData(np.ones((3, 2), dtype=np.float32), obs=pd.DataFrame(index=list("xyz")))
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    with h5py.File(tmp_path / "a.h5ad", "r+") as file:
+        group = file["obs"]
+        for _ in range(40):
+            group = group.create_group("one")
+            group.parent["two"] = group
+    assert len(scfm.read(tmp_path / "a.h5ad").obs) == 3

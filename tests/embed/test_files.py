@@ -49,3 +49,20 @@ def test_places_that_cannot_be_written_are_named(tmp_path) -> None:
         write_npy(tmp_path / "absent" / "x.npy", EMBEDDING, {})
     with pytest.raises(InvalidArgumentError, match="folder"), whole_file(tmp_path):
         pass
+
+
+def test_a_link_in_the_copy_is_refused_and_its_target_untouched(tiny_adata, tmp_path) -> None:
+    import h5py
+
+    from scfm.errors import UnsafeFileError
+
+    tiny_adata.write_h5ad(tmp_path / "in.h5ad")
+    with h5py.File(tmp_path / "victim.h5", "w") as victim:
+        victim.create_group("g")
+    before = (tmp_path / "victim.h5").read_bytes()
+    with h5py.File(tmp_path / "in.h5ad", "r+") as file:
+        del file["obsm"]
+        file["obsm"] = h5py.ExternalLink(str(tmp_path / "victim.h5"), "/g")
+    with pytest.raises(UnsafeFileError, match="obsm"):
+        write_h5ad_copy(tmp_path / "in.h5ad", tmp_path / "out.h5ad", EMBEDDING, "X_e", {})
+    assert (tmp_path / "victim.h5").read_bytes() == before and not (tmp_path / "out.h5ad").exists()

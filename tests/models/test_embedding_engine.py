@@ -94,6 +94,28 @@ def test_cells_without_known_genes_follow_the_policy(tiny_model, tiny_adata) -> 
     np.testing.assert_array_equal(skipped, np.delete(with_nan, [3, 17], axis=0))
 
 
+@pytest.mark.parametrize("count", [np.nan, np.inf, -1.0])
+def test_impossible_counts_follow_the_policy(tiny_model, tiny_adata, count: float) -> None:
+    good = tiny_model.embed(tiny_adata)
+    tiny_adata.X.data[tiny_adata.X.indptr[7]] = count
+    with pytest.raises(BadCellError, match="row 7"):
+        tiny_model.embed(tiny_adata)
+    with pytest.warns(scfm.ScfmWarning, match=r"1 cells hold NaN, infinite or negative counts.*rows 7"):
+        with_nan = tiny_model.embed(tiny_adata, on_bad_cell="nan-row")
+    assert np.flatnonzero(np.isnan(with_nan).any(1)).tolist() == [7]
+    np.testing.assert_array_equal(np.delete(with_nan, 7, 0), np.delete(good, 7, 0))
+    with pytest.warns(scfm.ScfmWarning):
+        assert len(tiny_model.embed(tiny_adata, on_bad_cell="skip")) == len(good) - 1
+
+
+def test_a_bad_cell_stops_the_run_at_once(tiny_model, tiny_adata) -> None:
+    tiny_adata.X = sp.csr_matrix(np.vstack([np.zeros((1, 120)), tiny_adata.X.toarray()[1:]]))
+    seen: list[int] = []
+    with pytest.raises(BadCellError, match="rows 0"):
+        tiny_model.embed(tiny_adata, progress=lambda done, *_: seen.append(done))
+    assert not seen
+
+
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_packs_with_empty_cells(tiny_model, pooling: str) -> None:
     cells = [[], [2, 9, 8, 3], [], [2, 7, 3], []]

@@ -112,6 +112,16 @@ def test_without_dictionaries_the_version_is_asked_for_never_guessed(folder, tin
         scfm.load(folder, version="V3")
 
 
+@pytest.mark.golden
+def test_dictionaries_of_another_vocabulary_are_refused(goldens) -> None:
+    folder = goldens("geneformer/model")
+    for version, other in (("v1", "v2"), ("v2", "v1")):
+        with pytest.raises(ConfigError, match="tokens"):
+            scfm.load(
+                folder / version / "hf_safetensors", dictionaries=folder / f"token_dictionary_{other}.json"
+            )
+
+
 def test_dtype_is_of_products_and_weights_stay_exact(folder) -> None:
     model = scfm.load(folder, dtype="bfloat16")
     assert model.compute_dtype == torch.bfloat16 and model.gene_table.dtype == torch.float32

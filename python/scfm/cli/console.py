@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -30,19 +31,28 @@ def reporting(*, as_json: bool) -> Iterator[None]:
         try:
             yield
         except ScfmError as error:
-            fail(error, as_json=as_json)
+            fail(error, error.code, EXIT_BAD_INPUT, as_json=as_json)
+        except (OSError, MemoryError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            if isinstance(error, typer.Exit):
+                raise
+            if not as_json:
+                console.print_exception()
+            fail(error, "unexpected", EXIT_FAILURE, as_json=as_json)
         except KeyboardInterrupt:
-            console.print("interrupted; nothing partial was left under a final name")
-            raise typer.Exit(EXIT_INTERRUPTED) from None
+            console.print("interrupted; no result was left half written")
+            # Temporary files are gone by now; taking the interpreter down properly only costs a second.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(EXIT_INTERRUPTED)
 
 
-def fail(error: ScfmError, *, as_json: bool) -> None:
+def fail(error: BaseException, code: str, exit_code: int, *, as_json: bool) -> NoReturn:
     if as_json:
-        emit({"ok": False, "error": type(error).__name__, "code": error.code, "message": str(error)})
+        emit({"ok": False, "error": type(error).__name__, "code": code, "message": str(error)})
     else:
         console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
         console.print(str(error), markup=False, soft_wrap=True)
-    raise typer.Exit(EXIT_BAD_INPUT) from error
+    raise typer.Exit(exit_code) from error
 
 
 def emit(result: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ def embed(
     on_bad_cell: Annotated[str, typer.Option(help='Cells without known genes: "nan" or "error".')] = "nan",
     dictionaries: options.Dictionaries = None,
     version: options.Version = None,
-    layer_counts: options.CountsLayer = None,
+    counts_layer: options.CountsLayer = None,
     assume_counts: options.AssumeCounts = False,
     species: options.Species = "human",
     as_json: options.Json = False,
@@ -37,7 +37,7 @@ def embed(
     obsm[KEY].
     """
     with reporting(as_json=as_json):
-        from scfm.embed.files import write_h5ad_copy, write_npy
+        from scfm.embed.files import check_h5ad_copy, write_h5ad_copy, write_npy
         from scfm.embed.provenance import provenance
         from scfm.errors import InvalidArgumentError
         from scfm.models.load import load
@@ -56,7 +56,13 @@ def embed(
             raise InvalidArgumentError(f'{on_bad_cell!r}; expected "nan" or "error"', where="--on-bad-cell")
         if not out.parent.is_dir():
             raise InvalidArgumentError("the folder does not exist", where="--out", path=out.parent)
+        if "/" in (key or ""):
+            raise InvalidArgumentError(f"{key!r} may not contain '/'", where="--key")
+        if suffix == ".h5ad":
+            check_h5ad_copy(data, out)
         loaded = load(model, dictionaries=dictionaries, version=version, dtype=dtype, device=device)
+        if loaded.load_report is not None:
+            _ = loaded.load_report.weights_sha256  # read now: a file that changed must not cost the embedding
         start = time.perf_counter()
         with cell_progress("embedding", quiet=quiet or as_json) as progress:
             embedding = loaded.embed(
@@ -66,7 +72,7 @@ def embed(
                 token_budget=token_budget,
                 on_bad_cell=policy,
                 progress=progress,
-                counts_layer=layer_counts,
+                counts_layer=counts_layer,
                 assume_counts=assume_counts,
                 species=species,
             )

@@ -15,14 +15,14 @@ def inspect(
     path: Annotated[str, typer.Argument(help=".h5ad, .loom, a model folder or a hub id.")],
     dictionaries: options.Dictionaries = None,
     version: options.Version = None,
-    layer_counts: options.CountsLayer = None,
+    counts_layer: options.CountsLayer = None,
     species: options.Species = "human",
     as_json: options.Json = False,
 ) -> None:
     """Show what scfm finds in PATH: raw counts and genes of a data set, or shape and tensors of a model."""
     with reporting(as_json=as_json):
         facts = (
-            _data_facts(Path(path), layer_counts, dictionaries, version, species)
+            _data_facts(Path(path), counts_layer, dictionaries, version, species)
             if Path(path).suffix in (".h5ad", ".loom")
             else _model_facts(path, dictionaries, version)
         )

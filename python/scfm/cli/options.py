@@ -17,7 +17,7 @@ Dictionaries = Annotated[
 ]
 Version = Annotated[str | None, typer.Option(help='"V1" or "V2", where no dictionary tells.')]
 CountsLayer = Annotated[
-    str | None, typer.Option("--layer-counts", help='Where raw counts are: "X", "raw.X" or a layer.')
+    str | None, typer.Option("--counts-layer", help='Where raw counts are: "X", "raw.X" or a layer.')
 ]
 AssumeCounts = Annotated[bool, typer.Option(help="Take the values as counts even if they do not look it.")]
 Species = Annotated[str, typer.Option(help='"human", or "mouse" through one-to-one orthologues.')]

@@ -14,7 +14,7 @@ def tokenize(
     dictionaries: options.Dictionaries,
     out: options.Out,
     version: options.Version = None,
-    layer_counts: options.CountsLayer = None,
+    counts_layer: options.CountsLayer = None,
     assume_counts: options.AssumeCounts = False,
     species: options.Species = "human",
     as_json: options.Json = False,
@@ -32,9 +32,11 @@ def tokenize(
             raise InvalidArgumentError("give the model's dictionaries", where="--dictionaries")
         if out.suffix != ".safetensors":
             raise InvalidArgumentError("expected a name ending in .safetensors", where="--out", path=out)
+        if not out.parent.is_dir():
+            raise InvalidArgumentError("the folder does not exist", where="--out", path=out.parent)
         tokenizer = GeneformerTokenizer.from_dictionaries(dictionaries, version=version, species=species)
         start = time.perf_counter()
-        packed = tokenizer(data, layer=layer_counts, assume_counts=assume_counts)
+        packed = tokenizer(data, layer=counts_layer, assume_counts=assume_counts)
         seconds = time.perf_counter() - start
         report = tokenizer.report
         assert report is not None

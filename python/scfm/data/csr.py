@@ -59,6 +59,8 @@ class CountsReport:
     num_duplicate_rows: int = 0
     max_value: float = 0.0
     first_duplicate_block: int | None = field(default=None)
+    num_bad_cells: int = 0
+    bad_rows: list[int] = field(default_factory=list)
 
     def add(self, block: CsrBlock, check: Any) -> None:
         self.num_cells += block.num_cells
@@ -85,6 +87,11 @@ class CountsReport:
                 f"{self.num_nonintegers:,} of {self.num_values:,} values are not integers; they were taken "
                 "as counts because of assume_counts=True."
             )
+        if self.num_bad_cells:
+            found["bad cells"] = (
+                f"{self.num_bad_cells:,} cells hold NaN, infinite or negative counts and were left empty "
+                f"(rows {', '.join(map(str, self.bad_rows))}{' ...' if self.num_bad_cells > 5 else ''})."
+            )
         if self.max_value > _EXACT_IN_FLOAT32:
             found["large"] = (
                 f"the largest count is {self.max_value:,.0f}, above 2^24: float32 files hold such counts "
@@ -101,8 +108,12 @@ def validate_block(
     gene_names: Callable[[], Sequence[Any]],
     report: CountsReport,
     assume_counts: bool = False,
+    empty_bad_cells: bool = False,
 ) -> CsrBlock:
     """The block, checked, with ascending distinct columns in each row; repeated columns are summed.
+
+    empty_bad_cells: cells with NaN, infinite or negative counts come out empty, counted in the report,
+    instead of raising BadCellError.
 
     gene_names is called only to word an error. Raises FormatError for impossible structure, BadCellError
     for NaN, infinite or negative counts (row and gene named), NotCountsError for a non-integer unless
@@ -112,6 +123,9 @@ def validate_block(
     from scfm import _native
 
     check = _native.check_csr(block.indptr, block.indices, block.data, block.num_genes)
+    if empty_bad_cells and check.error in ("not_finite", "negative"):
+        block = _without_bad_cells(block, report)
+        check = _native.check_csr(block.indptr, block.indices, block.data, block.num_genes)
     if check.error:
         raise _failure(check, block, name, dataset, gene_names)
     if check.num_nonintegers and not assume_counts:
@@ -120,6 +134,25 @@ def validate_block(
     if check.sorted and not check.duplicates:
         return block
     return _canonical(block, sum_duplicates=check.duplicates > 0)
+
+
+def _without_bad_cells(block: CsrBlock, report: CountsReport) -> CsrBlock:
+    """The block with every cell that holds a NaN, infinite or negative count emptied."""
+    cells = np.repeat(np.arange(block.num_cells), np.diff(block.indptr))
+    bad = np.unique(cells[~np.isfinite(block.data) | (block.data < 0)])
+    report.num_bad_cells += len(bad)
+    report.bad_rows = [*report.bad_rows, *block.rows[bad].tolist()][:5]
+    kept = ~np.isin(cells, bad)
+    lengths = np.diff(block.indptr)
+    lengths[bad] = 0
+    return CsrBlock(
+        indptr=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        indices=block.indices[kept],
+        data=block.data[kept],
+        row_start=block.row_start,
+        num_genes=block.num_genes,
+        rows=block.rows,
+    )
 
 
 def check_indptr(

@@ -29,6 +29,8 @@ _SPECIES = ("human", "mouse")
 # about a third of all murine genes), and less than the second maps as it is written.
 _MURINE_SHARE = 0.05
 _MAPPED_SHARE = 0.1
+# Of a column's open genes, the share that must be found when upper-cased for any of them to count.
+_UPPER_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -260,7 +262,7 @@ def _general_rule(search: _Search, dictionaries: _Dictionaries) -> GeneMapping:
     def upper_cased(text: str) -> _Found | None:
         return None if text.isupper() or text in ambiguous else dictionaries.symbol(text.upper())
 
-    _take_symbols(search, upper_cased)
+    _take_symbols(search, upper_cased, least_share=_UPPER_SHARE)
     # An ambiguous symbol may have been settled by another column of the same gene.
     unsettled = {column.texts[position] for column in search.table.symbols for position in search.open}
     ambiguous = {symbol: tokens for symbol, tokens in ambiguous.items() if symbol in unsettled}
@@ -278,17 +280,24 @@ def _take_ensembl(search: _Search, token: Callable[[str | None], str | None], ro
         search.close()
 
 
-def _take_symbols(search: _Search, find: Callable[[str], _Found | None]) -> None:
-    """Of all columns' symbols for a gene the one found by the earliest rule, of these the likeliest column's."""
+def _take_symbols(search: _Search, find: Callable[[str], _Found | None], *, least_share: float = 0.0) -> None:
+    """Of all columns' symbols for a gene the one found by the earliest rule, of these the likeliest column's.
+
+    A gene that bears an Ensembl id is that gene and no other: its symbol, which may have been given to
+    another gene since, is not tried. A column of which less than ``least_share`` is found is passed over:
+    its few hits are placeholders (g16, x3) that happen to spell a gene.
+    """
     best: dict[int, tuple[_Found, str]] = {}
+    named = {i for column in search.table.ensembl for i in search.open if column.ensembl[i] is not None}
+    positions = [position for position in search.open if position not in named]
     for column in search.table.symbols:
-        texts, ensembl = column.texts, column.ensembl
-        for position in search.open:
-            text = texts[position]
-            if text and ensembl[position] is None:
-                found = find(text)
-                if found is not None and (position not in best or found[0] < best[position][0][0]):
-                    best[position] = found, text
+        texts = column.texts
+        hits = [(i, texts[i], find(texts[i])) for i in positions if texts[i]]
+        if sum(found is not None for _, _, found in hits) < least_share * len(hits):
+            continue
+        for position, text, found in hits:
+            if found is not None and (position not in best or found[0] < best[position][0][0]):
+                best[position] = found, text
     for position, ((_, gene, route), text) in best.items():
         search.take(position, gene, text, route)
     search.close()

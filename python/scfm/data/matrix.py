@@ -290,6 +290,7 @@ def validated(
     gene_names: Callable[[], Any],
     report: CountsReport,
     assume_counts: bool,
+    empty_bad_cells: bool = False,
 ) -> CsrBlock:
     """The parts as a checked block."""
     block = CsrBlock(
@@ -307,4 +308,5 @@ def validated(
         gene_names=gene_names,
         report=report,
         assume_counts=assume_counts,
+        empty_bad_cells=empty_bad_cells,
     )

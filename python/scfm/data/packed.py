@@ -64,6 +64,14 @@ class PackedCells:
         cls, token_ids: Sequence[Sequence[int]], values: Sequence[Sequence[float]] | None = None
     ) -> PackedCells:
         """Pack lists of tokens, one list a cell; cells are numbered 0..C-1."""
+        for name, lists in (("token_ids", token_ids), ("values", values)):
+            if lists is not None and not (
+                isinstance(lists, Sequence | np.ndarray)
+                and all(isinstance(cell, Sequence | np.ndarray | Tensor) for cell in lists)
+            ):
+                raise InvalidArgumentError(
+                    f"{name} must be a list of lists, one a cell", where="PackedCells.from_lists"
+                )
         if values is not None:
             if len(values) != len(token_ids):
                 raise InvalidArgumentError(
@@ -111,9 +119,10 @@ class PackedCells:
                     f"a mask of shape {given.shape}; the pack has {self.num_cells} cells",
                     where="PackedCells.select",
                 )
-            if given.size and given.dtype.kind not in "biu":
+            if given.ndim != 1 or (given.size and given.dtype.kind not in "biu"):
                 raise InvalidArgumentError(
-                    f"cells of dtype {given.dtype}; expected positions or a mask", where="PackedCells.select"
+                    f"cells of {given.ndim} dimensions and dtype {given.dtype}; expected positions or a mask",
+                    where="PackedCells.select",
                 )
             chosen = torch.as_tensor(np.flatnonzero(given) if given.dtype == bool else given.astype(np.int64))
         chosen = chosen.to(torch.int64)

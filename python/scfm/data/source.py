@@ -105,17 +105,20 @@ class CellSource:
             self._obs = table if self._rows is None else table.iloc[self._rows]
         return self._obs
 
-    def blocks(self, block_size: int = 4096) -> Iterator[CsrBlock]:
+    def blocks(self, block_size: int = 4096, *, empty_bad_cells: bool = False) -> Iterator[CsrBlock]:
         """Checked blocks of at most ``block_size`` cells, in order, raw counts.
+
+        empty_bad_cells: a cell with NaN, infinite or negative counts comes out empty, and a warning counts
+        them, instead of a BadCellError.
 
         Raises FormatError, BadCellError or NotCountsError naming the row. Warns once a source, after the last
         block, about repeated columns, accepted non-integers and counts beyond 2^24.
         """
         if isinstance(block_size, bool) or not isinstance(block_size, int | np.integer) or block_size < 1:
             raise InvalidArgumentError(f"is {block_size!r}, expected a positive integer", where="block_size")
-        return self._blocks(int(block_size))
+        return self._blocks(int(block_size), empty_bad_cells)
 
-    def _blocks(self, block_size: int) -> Iterator[CsrBlock]:
+    def _blocks(self, block_size: int, empty_bad_cells: bool) -> Iterator[CsrBlock]:
         # A fresh report each time round, or a second epoch would double every number.
         self.report = report = CountsReport()
         with self._matrix.opened() as read:
@@ -133,6 +136,7 @@ class CellSource:
                     gene_names=self._gene_names,
                     report=report,
                     assume_counts=self._assume_counts,
+                    empty_bad_cells=empty_bad_cells,
                 )
         for kind, message in report.messages().items():
             if kind not in self._told:

@@ -43,7 +43,6 @@ SECONDS_BESIDE_TRAINING = 30.0
 REPORT = "report.json"
 FORMAT = "scfm-demo"
 PRODUCTS = (
-    REPORT,
     "report.md",
     "model",
     "metrics.jsonl",
@@ -52,6 +51,7 @@ PRODUCTS = (
     "umap.png",
     "umap_pca.png",
     "learning_curve.png",
+    REPORT,  # last: its presence says that the rest is there
 )
 
 
@@ -228,6 +228,9 @@ def _write_reports(work: Path, result: DemoResult, cells: AnnData, config: Pretr
         "verdict": result.verdict,
         "seconds": result.seconds,
     }
+    # The run's own settings name the folder it was made in; what stays must name the one it stands in.
+    settings = json.loads((work / "settings.json").read_text(encoding="utf-8")) | {"out": str(result.folder)}
+    (work / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (work / REPORT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (work / "report.md").write_text(
         f"# scfm demo\n\n{result.verdict}\n\n"

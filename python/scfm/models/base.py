@@ -48,6 +48,10 @@ class FoundationModel(nn.Module, ABC):
         """One batch's cell embeddings, float32 (C, hidden_size). Raises InvalidArgumentError."""
 
     @abstractmethod
+    def check_embedding(self, layer: int, pooling: str) -> None:
+        """Raise InvalidArgumentError for a layer or pooling that the model does not have."""
+
+    @abstractmethod
     def hidden_at(self, packed: PackedCells, layer: int) -> Tensor:
         """One layer's hidden states of a batch, float32 (T, hidden_size)."""
 
@@ -120,6 +124,8 @@ class FoundationModel(nn.Module, ABC):
         counts_layer, assume_counts: as ``layer`` and ``assume_counts`` of scfm.read; species: "human" or
         "mouse" (one-to-one orthologues).
         """
+        if not isinstance(data, PackedCells):
+            _ = self.tokenizer  # without dictionaries that is the first thing to say
         return embed_cells(
             self,
             data,

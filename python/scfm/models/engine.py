@@ -20,7 +20,7 @@ from scfm.models.batches import token_budget_batches
 if TYPE_CHECKING:
     from scfm.models.base import FoundationModel
 
-BadCellPolicy = Literal["error", "nan", "skip"]
+BadCellPolicy = Literal["error", "nan", "nan-row", "skip"]
 Progress = Callable[[int, int, int], None]
 
 _BATCHES_IN_HAND = 16
@@ -52,18 +52,23 @@ def embed_cells(
     species: str | None = None,
 ) -> np.ndarray:
     """float32 (cells, hidden_size) in the order of ``data``; see FoundationModel.embed."""
+    if on_bad_cell == "nan-row":
+        on_bad_cell = "nan"
     if on_bad_cell not in ("error", "nan", "skip"):
         raise InvalidArgumentError(f'{on_bad_cell!r}; expected "error", "nan" or "skip"', where="on_bad_cell")
     if token_budget is not None and token_budget < 1:
         raise InvalidArgumentError(f"{token_budget}; expected at least 1", where="token_budget")
     budget = token_budget or default_token_budget(model.device)
+    model.check_embedding(layer, pooling)
     if isinstance(data, PackedCells):
         num_cells, name, stream = data.num_cells, "PackedCells", iter([_renumbered(data)])
     else:
         source = read(data, layer=counts_layer, assume_counts=assume_counts)
         num_cells, name = len(source), source.name
         # obs["filter_pass"] thins what the authors tokenize for training; here every cell gets its row.
-        stream = model.tokenizer.packs(source, species=species, use_filter_pass=False)
+        stream = model.tokenizer.packs(
+            source, species=species, use_filter_pass=False, empty_bad_cells=on_bad_cell != "error"
+        )
     out = np.full((num_cells, model.config.hidden_size), np.nan, dtype=np.float32)
     embedded = np.zeros(num_cells, dtype=bool)
     done = tokens = 0

@@ -13,6 +13,7 @@ from scfm.models.folder import inspect_folder
 from scfm.models.geneformer.checkpoint import load_geneformer
 from scfm.models.hub import resolve
 from scfm.models.nn.precision import resolve_device
+from scfm.tokenize.dictionaries import GeneformerDictionaries
 
 _SHIPPED = "scfm-mini"
 
@@ -21,7 +22,7 @@ def load(
     path: str | Path,
     family: str | None = None,
     variant: str | None = None,
-    dictionaries: str | Path | None = None,
+    dictionaries: str | Path | GeneformerDictionaries | None = None,
     genes: str | Path | list[str] | None = None,
     version: str | None = None,
     dtype: str | torch.dtype = "auto",
@@ -50,6 +51,10 @@ def load(
     for name, value in (("variant", variant), ("genes", genes)):
         if value is not None:
             raise InvalidArgumentError("is not used by Geneformer", where=name)
+    if dictionaries is not None and not isinstance(dictionaries, str | Path | GeneformerDictionaries):
+        raise InvalidArgumentError(
+            f"is a {type(dictionaries).__name__}; expected a folder or file", where="dictionaries"
+        )
     target = resolve_device(device)
     resolved = resolve(path, revision=revision, sha256=sha256)
     found = inspect_folder(resolved.folder, family=family)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from scfm.embed.provenance import provenance
@@ -44,6 +45,13 @@ def embed(
     key = key_added or f"X_{model.family}"
     layer = model.default_layer if layer is None else layer
     pooling = model.default_pooling if pooling is None else pooling
+    if not isinstance(adata.uns.get("scfm", {}), Mapping):
+        raise InvalidArgumentError(
+            f"is a {type(adata.uns['scfm']).__name__}; expected a mapping to add provenance to",
+            where="adata.uns['scfm']",
+        )
+    if model.load_report is not None:
+        _ = model.load_report.weights_sha256  # read now: a file that changed must not cost the embedding
     embedding = model.embed(
         adata,
         layer=layer,

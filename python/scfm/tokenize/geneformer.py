@@ -158,9 +158,13 @@ class GeneformerTokenizer:
         *,
         species: str | None = None,
         use_filter_pass: bool = True,
+        empty_bad_cells: bool = False,
         block_size: int = 4096,
     ) -> Iterator[PackedCells]:
-        """The source's cells, block by block, in constant memory; ``report`` grows as blocks pass."""
+        """The source's cells, block by block, in constant memory; ``report`` grows as blocks pass.
+
+        empty_bad_cells: cells with impossible counts are left out with a warning instead of an error.
+        """
         mapping = map_genes(
             source.genes,
             known=self.vocab.mapping,
@@ -175,7 +179,7 @@ class GeneformerTokenizer:
         self.report = report
         report.notes += [*mapping.notes, *_plan_notes(plan)]
         keep = filter_pass_of(source) if use_filter_pass else None
-        for block in source.blocks(block_size):
+        for block in source.blocks(block_size, empty_bad_cells=empty_bad_cells):
             yield self._tokenize(block, plan, library_size, keep, source.dense, report)
         report.num_stored_zeros = source.report.num_zeros
         self._warn(report)

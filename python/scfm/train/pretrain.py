@@ -55,6 +55,10 @@ def pretrain(
     if isinstance(config, str | Path):
         config = PretrainConfig.from_file(config)
     elif not isinstance(config, PretrainConfig):
+        if not isinstance(config, Mapping):
+            raise ConfigError(
+                f"is a {type(config).__name__}; expected settings or a TOML file", where="config"
+            )
         config = PretrainConfig.from_mapping(config)
     out = Path(config.out)
     if (out / "model").exists():

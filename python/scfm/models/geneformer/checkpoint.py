@@ -32,7 +32,7 @@ def load_geneformer(
     folder: Path,
     weights_file: Path | None = None,
     *,
-    dictionaries: str | Path | None = None,
+    dictionaries: str | Path | GeneformerDictionaries | None = None,
     version: str | None = None,
     trust_pickle: bool = False,
 ) -> Geneformer:

@@ -177,7 +177,7 @@ def _expect_int(name: str, found: Any, low: int, high: int) -> None:
 
 
 def _expect_number(name: str, found: Any, low: float, high: float, *, includes_low: bool = False) -> None:
-    number = type(found) in (int, float) and math.isfinite(found)
+    number = type(found) is int or (type(found) is float and math.isfinite(found))
     if not number or not (low < found < high or (includes_low and found == low)):
         bracket = "[" if includes_low else "("
         raise ConfigError(

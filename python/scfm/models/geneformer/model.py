@@ -160,19 +160,12 @@ class Geneformer(FoundationModel):
 
     def embed_batch(self, packed: PackedCells, *, layer: int, pooling: str) -> Tensor:
         """Cell embeddings of one batch, float32 (C, hidden_size); see FoundationModel.embed."""
+        self.check_embedding(layer, pooling)
         if pooling == "mean":
             hidden = self.hidden_at(packed, layer)
             specials = self._num_specials()
             return mean_of_genes(
                 hidden, packed.cu_seqlens.to(hidden.device), leading=specials, trailing=specials
-            )
-        if pooling != "cls":
-            raise InvalidArgumentError(f'{pooling!r}; Geneformer has "cls" and "mean"', where="pooling")
-        if not self._num_specials():
-            raise InvalidArgumentError(
-                '"cls" needs a <cls> token, which V1 models do not have',
-                where="pooling",
-                hint='Use pooling="mean", the authors\' default for V1.',
             )
         packed = self._checked(packed)
         count = self._num_layers_for(layer)
@@ -184,6 +177,18 @@ class Geneformer(FoundationModel):
         last = self.layers[count - 1]
         assert isinstance(last, EncoderLayer)
         return last.forward_first_tokens(hidden, packed.cu_seqlens)
+
+    def check_embedding(self, layer: int, pooling: str) -> None:
+        """Raise InvalidArgumentError for a layer outside the model, or "cls" where there is no <cls>."""
+        self._num_layers_for(layer)
+        if pooling not in ("cls", "mean"):
+            raise InvalidArgumentError(f'{pooling!r}; Geneformer has "cls" and "mean"', where="pooling")
+        if pooling == "cls" and self.version == "V1":
+            raise InvalidArgumentError(
+                '"cls" needs a <cls> token, which V1 models do not have',
+                where="pooling",
+                hint='Use pooling="mean", the authors\' default for V1.',
+            )
 
     @torch.inference_mode()
     def attentions(self, packed: PackedCells, layer: int = 0) -> list[Tensor]:
@@ -255,6 +260,12 @@ class Geneformer(FoundationModel):
         return 1 if self.version == "V2" else 0
 
     def _checked(self, packed: PackedCells) -> PackedCells:
+        if not isinstance(packed, PackedCells):
+            raise InvalidArgumentError(
+                f"is a {type(packed).__name__}; expected PackedCells",
+                where="packed",
+                hint="Use model.tokenize.",
+            )
         if packed.num_tokens:
             low, high = int(packed.token_ids.min()), int(packed.token_ids.max())
             if low < 0 or high >= self.config.vocab_size:
