@@ -309,7 +309,7 @@ def test_golden_loom(goldens: Callable[[str], Path]) -> None:
 
 
 def test_a_table_cannot_name_columns_outside_itself(tmp_path: Path) -> None:
-    adata = ad.AnnData(
+    adata = anndata.AnnData(
         np.ones((3, 2), dtype=np.float32), obs=pd.DataFrame({"a": [1, 2, 3]}, index=list("xyz"))
     )
     adata.write_h5ad(tmp_path / "a.h5ad")
