@@ -55,7 +55,6 @@ class CountsReport:
     num_values: int = 0
     num_zeros: int = 0
     num_nonintegers: int = 0
-    num_unsorted_blocks: int = 0
     num_duplicate_rows: int = 0
     max_value: float = 0.0
     first_duplicate_block: int | None = field(default=None)
@@ -67,7 +66,6 @@ class CountsReport:
         self.num_values += len(block.data)
         self.num_zeros += check.num_zeros
         self.num_nonintegers += check.num_nonintegers
-        self.num_unsorted_blocks += not check.sorted
         self.num_duplicate_rows += check.duplicates
         if check.duplicates and self.first_duplicate_block is None:
             self.first_duplicate_block = int(block.rows[0])
