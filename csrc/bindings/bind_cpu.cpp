@@ -46,9 +46,24 @@ void throw_in_tasks(std::int64_t num_tasks, const std::vector<std::int64_t>& fai
   });
 }
 
+/// Runs Python's signal handlers; true if one raised, and then the exception stays set for the caller.
+bool interrupted() {
+  if (Py_IsInitialized() == 0) return false;
+  const py::gil_scoped_acquire locked;
+  return PyErr_CheckSignals() != 0;
+}
+
 }  // namespace
 
 void bind_cpu(py::module_& module) {
+  set_interrupt_check(&interrupted);
+  py::register_local_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const Interrupted&) {
+      if (PyErr_Occurred() == nullptr) PyErr_SetNone(PyExc_KeyboardInterrupt);
+    }
+  });
   module.def("available_isas", &isa_names,
              "Instruction sets this build can use on this processor, plainest first.");
   module.def(

@@ -5,6 +5,7 @@
 namespace scfm {
 void bind_cpu(pybind11::module_& module);
 void bind_counts(pybind11::module_& module);
+void bind_stream(pybind11::module_& module);
 void bind_tokenize(pybind11::module_& module);
 }  // namespace scfm
 
@@ -14,5 +15,6 @@ PYBIND11_MODULE(_native, module, pybind11::mod_gil_not_used()) {
       "works.";
   scfm::bind_cpu(module);
   scfm::bind_counts(module);
+  scfm::bind_stream(module);
   scfm::bind_tokenize(module);
 }

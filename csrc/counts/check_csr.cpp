@@ -6,19 +6,10 @@
 #include <vector>
 
 #include "counts/row_facts.hpp"
-#include "cpu/isa.hpp"
 #include "cpu/thread_pool.hpp"
 
 namespace scfm {
 namespace {
-
-#ifdef SCFM_X86_SIMD
-constexpr TablePerIsa<RowFactsKernels> kTables = {&row_facts_generic, &row_facts_avx2, &row_facts_avx512,
-                                                  &row_facts_avx512};
-#else
-constexpr TablePerIsa<RowFactsKernels> kTables = {&row_facts_generic, &row_facts_generic, &row_facts_generic,
-                                                  &row_facts_generic};
-#endif
 
 constexpr std::int64_t kEntriesPerTask = 1 << 16;
 constexpr std::int64_t kMaxBitmapGenes = std::int64_t{1} << 24;  // 2 MiB a thread
@@ -153,7 +144,7 @@ CsrCheck merge(const std::vector<CsrCheck>& parts) {
 CsrCheck check_csr(const CsrView& csr) {
   CsrCheck check;
   if (!check_indptr(csr, check)) return check;
-  const RowFactsKernels& kernels = active_table(kTables);
+  const RowFactsKernels& kernels = row_facts_kernels();
   const std::int64_t rows = rows_per_task(csr, kEntriesPerTask);
   const std::int64_t num_tasks = (csr.num_rows() + rows - 1) / rows;
   std::vector<CsrCheck> parts(static_cast<std::size_t>(num_tasks));

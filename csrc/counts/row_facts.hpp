@@ -32,4 +32,7 @@ extern const RowFactsKernels row_facts_generic;
 extern const RowFactsKernels row_facts_avx2;
 extern const RowFactsKernels row_facts_avx512;
 
+/// Those of the instruction set in use.
+const RowFactsKernels& row_facts_kernels();
+
 }  // namespace scfm

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
@@ -24,6 +25,9 @@ namespace scfm {
 namespace {
 
 constexpr int kMaxThreads = 1024;
+constexpr std::chrono::milliseconds kBetweenChecks{100};
+
+std::atomic<bool (*)()> interrupt_check{nullptr};
 
 /// One parallel_for: lives on the caller's stack, which outlasts every worker that joined it.
 struct Job {
@@ -41,10 +45,12 @@ struct Job {
       : num_tasks(tasks), max_workers(workers), function(f), context(c) {}
 
   void work(int worker) noexcept {
+    auto last_check = std::chrono::steady_clock::now();
     while (!failed.load(std::memory_order_relaxed)) {
       const std::int64_t task = next_task.fetch_add(1, std::memory_order_relaxed);
       if (task >= num_tasks) return;
       try {
+        if (worker == 0) stop_if_interrupted(last_check);
         function(context, task, worker);
       } catch (...) {
         // Tasks below this one have all been claimed and will finish, so the lowest failing task always
@@ -57,6 +63,16 @@ struct Job {
         failed.store(true, std::memory_order_relaxed);
       }
     }
+  }
+
+ private:
+  /// Worker 0 is the thread that called, the only one on which the interpreter may be asked.
+  static void stop_if_interrupted(std::chrono::steady_clock::time_point& last_check) {
+    const auto now = std::chrono::steady_clock::now();
+    if (now - last_check < kBetweenChecks) return;
+    last_check = now;
+    const auto check = interrupt_check.load(std::memory_order_relaxed);
+    if (check != nullptr && check()) throw Interrupted();
   }
 };
 
@@ -167,6 +183,8 @@ void set_num_threads(int count) {
   }
   requested_threads.store(count, std::memory_order_relaxed);
 }
+
+void set_interrupt_check(bool (*check)()) { interrupt_check.store(check); }
 
 void run_tasks(std::int64_t num_tasks, int max_workers, TaskFunction function, void* context) {
   if (num_tasks <= 0) return;

@@ -5,9 +5,11 @@
 /// - An exception in a task reaches the caller; of several, that of the lowest task, whatever the timing.
 /// - A caller that finds the pool busy (another thread, or a task that starts tasks) does its work alone.
 /// - After fork() the child starts a pool of its own.
+/// - The calling thread asks now and then whether it should stop (Ctrl-C); then Interrupted is thrown.
 #pragma once
 
 #include <cstdint>
+#include <exception>
 #include <type_traits>
 
 namespace scfm {
@@ -17,6 +19,16 @@ int num_threads() noexcept;
 
 /// Throws InvalidArgument unless 1 <= count <= 1024.
 void set_num_threads(int count);
+
+/// Thrown by run_tasks when the check below said so.
+class Interrupted : public std::exception {
+ public:
+  const char* what() const noexcept override { return "interrupted"; }
+};
+
+/// Called about ten times a second on threads that wait in run_tasks, between two tasks; true to stop. Set
+/// once by the bindings.
+void set_interrupt_check(bool (*check)());
 
 using TaskFunction = void (*)(void* context, std::int64_t task, int worker);
 

@@ -129,3 +129,40 @@ def mlm_mask(
 
 def philox4x32(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]:
     """Philox4x32-10: four words from a counter of four and a key of two."""
+
+def load_codec_library(library: str, path: str) -> bool: ...
+def has_codec_library(library: str) -> bool: ...
+
+class StoredArray:
+    def __init__(
+        self,
+        name: str,
+        dtype: str,
+        num_values: int,
+        chunk_values: int,
+        paths: list[str],
+        file_of_chunk: NDArray[np.int32] | None,
+        offsets: NDArray[np.int64],
+        sizes: NDArray[np.int64],
+        filter_masks: NDArray[np.uint32] | None,
+        filters: list[tuple[str, int]],
+    ) -> None: ...
+
+class CsrStream:
+    def __init__(
+        self,
+        data: StoredArray,
+        indices: StoredArray,
+        indptr: NDArray[np.int64],
+        num_genes: int,
+        threads: int = 0,
+        validate: bool = True,
+    ) -> None: ...
+    def submit(self, rows: NDArray[np.int64]) -> None: ...
+    def take(
+        self,
+    ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[Any], CsrCheck | None, bool]: ...
+    def num_waiting(self) -> int: ...
+    def close(self) -> None: ...
+
+class ChunkError(RuntimeError): ...

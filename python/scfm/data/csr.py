@@ -107,20 +107,22 @@ def validate_block(
     report: CountsReport,
     assume_counts: bool = False,
     empty_bad_cells: bool = False,
+    facts: Any | None = None,
 ) -> CsrBlock:
     """The block, checked, with ascending distinct columns in each row; repeated columns are summed.
 
     empty_bad_cells: cells with NaN, infinite or negative counts come out empty, counted in the report,
     instead of raising BadCellError.
 
-    gene_names is called only to word an error. Raises FormatError for impossible structure, BadCellError
+    gene_names is called only to word an error; facts: what the reader found on its way, instead of another
+    pass. Raises FormatError for impossible structure, BadCellError
     for NaN, infinite or negative counts (row and gene named), NotCountsError for a non-integer unless
     assume_counts.
     """
     # Imported late: building the package must not need the module that it builds.
     from scfm import _native
 
-    check = _native.check_csr(block.indptr, block.indices, block.data, block.num_genes)
+    check = facts or _native.check_csr(block.indptr, block.indices, block.data, block.num_genes)
     if empty_bad_cells and check.error in ("not_finite", "negative"):
         block = _without_bad_cells(block, report)
         check = _native.check_csr(block.indptr, block.indices, block.data, block.num_genes)

@@ -54,14 +54,23 @@ class Hdf5File:
         """The open file. Raises IntegrityError when it is no longer the file it was at first."""
         if self._handle is not None:
             return nullcontext(self._handle)
-        if self._look() != self._fingerprint:
+        self.check_unchanged()
+        opened: AbstractContextManager[h5py.File] = _open(self.path)
+        return opened
+
+    @property
+    def is_local(self) -> bool:
+        """A file of this system by its path, rather than an open handle."""
+        return self._handle is None
+
+    def check_unchanged(self) -> None:
+        """Raise IntegrityError when the path no longer leads to the file it led to at first."""
+        if self._handle is None and self._look() != self._fingerprint:
             raise IntegrityError(
                 "the file changed while it was in use",
                 path=self.path,
                 hint="Read it again from the start once nothing writes to it.",
             )
-        opened: AbstractContextManager[h5py.File] = _open(self.path)
-        return opened
 
     def _look(self) -> tuple[int, int, int]:
         """Size, time and identity; refuses what is not a regular file before anything could hang on it."""

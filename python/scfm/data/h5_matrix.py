@@ -7,7 +7,7 @@ anything is allocated; only row pointers are read as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +17,12 @@ from numpy.typing import NDArray
 
 from scfm.data.available_memory import require_memory
 from scfm.data.csr import check_indptr, gather_rows
+from scfm.data.h5_chunks import chunk_table
 from scfm.data.h5_file import Hdf5File, check_dataset, locate, read_whole, reading
 from scfm.data.matrix import DENSE_PIECE_BYTES, CountMatrix, CscInMemory, CsrParts, dense_to_csr
+from scfm.data.native_csr import NativeCsr, native_obstacle
 from scfm.data.number_types import Array, check_value_type, plain_indices, plain_values
+from scfm.data.stored_array import StoredArray
 from scfm.errors import FormatError
 
 __all__ = ["CscInHdf5", "CsrInHdf5", "DenseInHdf5"]
@@ -29,6 +32,8 @@ _MAX_STRETCH = 1 << 24
 
 
 class _Hdf5Matrix(CountMatrix):
+    reader = "h5py"
+
     def __init__(self, file: Hdf5File, dataset: str, *, label: str, num_cells: int, num_genes: int) -> None:
         super().__init__(name=file.path, dataset=label, num_cells=num_cells, num_genes=num_genes)
         self._file = file
@@ -81,7 +86,7 @@ class CsrInHdf5(_Hdf5Matrix):
     def __init__(self, file: Hdf5File, dataset: str, *, label: str, num_cells: int, num_genes: int) -> None:
         super().__init__(file, dataset, label=label, num_cells=num_cells, num_genes=num_genes)
         with file.opened() as handle:
-            data, _ = _value_arrays(self, handle, dataset)
+            data, indices = _value_arrays(self, handle, dataset)
             where = f"{dataset}/indptr"
             pointers = read_whole(
                 locate(handle, where, path=self.name),
@@ -91,6 +96,7 @@ class CsrInHdf5(_Hdf5Matrix):
             )
             num_values = int(data.shape[0])
             self._chunk = data.chunks[0] if data.chunks else 4096
+            tables = self._chunk_tables(data, indices)
         self._indptr = plain_indices(pointers, name=self.name, dataset=where).astype(np.int64, copy=False)
         check_indptr(
             self._indptr,
@@ -100,6 +106,36 @@ class CsrInHdf5(_Hdf5Matrix):
             name=self.name,
             dataset=dataset,
         )
+        self._native: NativeCsr | None = None
+        if isinstance(tables, str):
+            self.reader = f"h5py ({tables})"
+        else:
+            self._native = NativeCsr(
+                *tables,
+                self._indptr,
+                name=self.name,
+                dataset=self.dataset,
+                num_cells=num_cells,
+                num_genes=num_genes,
+                check_unchanged=file.check_unchanged,
+                fallback=self,
+            )
+            self.reader = self._native.reader
+
+    def _chunk_tables(
+        self, data: h5py.Dataset, indices: h5py.Dataset
+    ) -> tuple[StoredArray, StoredArray] | str:
+        """What the native reader needs, or why it must be h5py."""
+        if not self._file.is_local:
+            return "not a local file"
+        values = chunk_table(data, path=self.name)
+        columns = chunk_table(indices, path=self.name)
+        if isinstance(values, str) or isinstance(columns, str):
+            return values if isinstance(values, str) else str(columns)
+        return native_obstacle(values, columns, num_genes=self.num_genes) or (values, columns)
+
+    def stream(self, requests: Iterable[NDArray[np.int64]]) -> Generator[CsrParts, None, None]:
+        return super().stream(requests) if self._native is None else self._native.stream(requests)
 
     def _read(self, handle: h5py.File, rows: NDArray[np.int64]) -> CsrParts:
         data, indices = _value_arrays(self, handle, self._place)

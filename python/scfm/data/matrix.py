@@ -8,7 +8,7 @@ and values are checked block by block in ``csr.validate_block``, before anything
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -39,21 +39,27 @@ DENSE_PIECE_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class CsrParts:
-    """Rows in CSR form: indptr int64 from 0, indices int32/int64, data of a native number type."""
+    """Rows in CSR form: indptr int64 from 0, indices int32/int64, data of a native number type.
+
+    facts: a CsrCheck without fault where the reader has already looked at every value, else None.
+    """
 
     indptr: NDArray[np.int64]
     indices: NDArray[np.int32] | NDArray[np.int64]
     data: Array
+    facts: Any | None = None
 
 
 class CountMatrix(ABC):
     """Cells x genes. ``name`` is the file or "AnnData", ``dataset`` the place in it, for messages.
 
-    dense: stored dense; cheap_rows: reading a few rows does not read the whole matrix.
+    dense: stored dense; cheap_rows: reading a few rows does not read the whole matrix; reader: by what means
+    the values are read, for reports.
     """
 
     dense = False
     cheap_rows = True
+    reader = "memory"
 
     def __init__(self, *, name: str, dataset: str, num_cells: int, num_genes: int) -> None:
         self.name = name
@@ -69,6 +75,12 @@ class CountMatrix(ABC):
     @abstractmethod
     def read(self, rows: NDArray[np.int64]) -> CsrParts:
         """The given rows (int64 positions, already within bounds)."""
+
+    def stream(self, requests: Iterable[NDArray[np.int64]]) -> Generator[CsrParts, None, None]:
+        """The rows of one request after another, in order; ``requests`` may be asked some way ahead."""
+        with self.opened() as read:
+            for rows in requests:
+                yield read(rows)
 
     def sample_values(self, num_values: int) -> Array:
         """Some stored values without regard to rows; only for matrices without cheap rows."""
@@ -309,4 +321,5 @@ def validated(
         report=report,
         assume_counts=assume_counts,
         empty_bad_cells=empty_bad_cells,
+        facts=parts.facts,
     )

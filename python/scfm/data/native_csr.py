@@ -1,0 +1,151 @@
+"""A CSR matrix in files, read by the native reader: threads that read, inflate, place and check rows.
+
+Requests are handed over some way ahead of the consumer, as far as a fixed amount of memory allows, so reading
+and whatever is done with the rows overlap. Where the native reader meets something that it cannot word exactly
+(a damaged chunk, a column out of range), the rows are read once more by the plain reader, whose errors name
+the row; what that reader can make sense of is taken from it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scfm.data.available_memory import require_memory
+from scfm.data.matrix import CountMatrix, CsrParts
+from scfm.data.stored_array import StoredArray
+from scfm.errors import FormatError, ScfmError
+
+__all__ = ["NativeCsr", "native_obstacle"]
+
+# Rows asked for but not yet handed out: enough to keep every thread busy, small beside a model.
+_BYTES_AHEAD = 128 << 20
+_MOST_REQUESTS_AHEAD = 16
+
+
+def native_obstacle(data: StoredArray, indices: StoredArray, *, num_genes: int) -> str | None:
+    """Why a matrix cannot be read natively, or None. SCFM_READER=h5py asks for the plain readers."""
+    if os.environ.get("SCFM_READER", "native") != "native":
+        return f"SCFM_READER={os.environ['SCFM_READER']}"
+    if os.name != "posix":
+        return "this system has no positioned reads"
+    if indices.dtype.kind == "f":
+        return f"{indices.name} has type {indices.dtype}"
+    if num_genes > np.iinfo(np.int32).max:
+        return f"{num_genes:,} genes"
+    return data.obstacle() or indices.obstacle()
+
+
+class NativeCsr(CountMatrix):
+    """Rows of a CSR matrix whose data and indices are StoredArrays.
+
+    indptr: int64 (num_cells + 1,), already checked; check_unchanged: raises IntegrityError when the files are no
+    longer those that the tables describe; fallback: reads the same rows by other means.
+    """
+
+    def __init__(
+        self,
+        data: StoredArray,
+        indices: StoredArray,
+        indptr: NDArray[np.int64],
+        *,
+        name: str,
+        dataset: str,
+        num_cells: int,
+        num_genes: int,
+        check_unchanged: Callable[[], None],
+        fallback: CountMatrix,
+    ) -> None:
+        super().__init__(name=name, dataset=dataset, num_cells=num_cells, num_genes=num_genes)
+        self._data = data
+        self._indices = indices
+        self._indptr = np.ascontiguousarray(indptr, dtype=np.int64)
+        self._check_unchanged = check_unchanged
+        self._fallback = fallback
+        encodings = dict.fromkeys((data.encoding(), indices.encoding()))
+        self.reader = f"native ({'; '.join(encodings)})"
+
+    def read(self, rows: NDArray[np.int64]) -> CsrParts:
+        return next(self.stream([rows]))
+
+    def stream(
+        self, requests: Iterable[NDArray[np.int64]], *, validate: bool = True
+    ) -> Generator[CsrParts, None, None]:
+        """The rows of each request in turn, checked on the way unless ``validate`` is False (for benches)."""
+        from scfm import _native
+
+        self._check_unchanged()
+        stream = _native.CsrStream(
+            self._data.native(), self._indices.native(), self._indptr, self.num_genes, validate=validate
+        )
+        waiting: deque[tuple[NDArray[np.int64], int]] = deque()
+        ahead = 0
+        try:
+            for rows in requests:
+                size = self._bytes_of(rows)
+                stream.submit(rows)
+                waiting.append((rows, size))
+                ahead += size
+                while (len(waiting) > 2 and ahead > _BYTES_AHEAD) or len(waiting) > _MOST_REQUESTS_AHEAD:
+                    first, its_size = waiting.popleft()
+                    yield self._take(stream, first)
+                    ahead -= its_size
+            while waiting:
+                yield self._take(stream, waiting.popleft()[0])
+        finally:
+            stream.close()
+
+    def _bytes_of(self, rows: NDArray[np.int64]) -> int:
+        lengths = self._indptr[rows + 1] - self._indptr[rows]
+        size = int(lengths.sum()) * (self._data.dtype.itemsize + 4)
+        require_memory(
+            size,
+            purpose=f"reading {len(rows):,} cells",
+            name=self.name,
+            where=self.dataset,
+            hint="Read fewer cells at a time.",
+        )
+        return size
+
+    def _take(self, stream: Any, rows: NDArray[np.int64]) -> CsrParts:
+        from scfm import _native
+
+        try:
+            indptr, indices, data, facts, columns_in_range = stream.take()
+        except _native.ChunkError as error:
+            self._check_unchanged()
+            return self._by_other_means(rows, _chunk_failure(error.args))
+        self._check_unchanged()
+        if not columns_in_range:
+            return self._fallback.read(rows)
+        return CsrParts(indptr, indices, data, facts)
+
+    def _by_other_means(self, rows: NDArray[np.int64], failure: FormatError) -> CsrParts:
+        """The same rows from the plain reader; if that fails too, the native reader's error says more."""
+        try:
+            return self._fallback.read(rows)
+        except ScfmError as error:
+            raise failure from error
+
+
+def _chunk_failure(facts: tuple[Any, ...]) -> FormatError:
+    reason, array, chunk, path, offset, size = facts
+    if offset < 0:
+        # Plain readers would take such a chunk for zeros.
+        raise FormatError(
+            f"chunk {chunk} was never written",
+            path=path,
+            where=f"{array}, chunk {chunk}",
+            hint="The writing of this file was cut short; write it again.",
+        )
+    return FormatError(
+        f"chunk {chunk} ({size:,} bytes at {offset:,}) cannot be read: {reason}",
+        path=path,
+        where=f"{array}, chunk {chunk}",
+        hint="The file is damaged; copy, download or write it again.",
+    )
