@@ -19,7 +19,7 @@ import scfm
 from scfm.data import h5_matrix, matrix
 from scfm.data.read import read
 from scfm.data.source import CellSource
-from scfm.errors import FormatError, InvalidArgumentError, ResourceError, UnsafeFileError
+from scfm.errors import FormatError, InvalidArgumentError, MissingFileError, ResourceError, UnsafeFileError
 
 NUM_CELLS, NUM_GENES = 57, 23
 COUNTS = np.random.default_rng(5).poisson(0.7, (NUM_CELLS, NUM_GENES))
@@ -265,9 +265,15 @@ def test_unreadable_things(given: object) -> None:
         read(given)
 
 
-@pytest.mark.parametrize("name", ["atlas.zarr", "counts.mtx", "filtered.h5", "noending"])
+@pytest.mark.parametrize("name", ["counts.csv", "noending", "atlas.h5ad.gz"])
 def test_unreadable_endings(name: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match=r"\.h5ad"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["atlas.zarr", "matrix.mtx", "filtered.h5", "atlas.h5ad", "atlas.loom"])
+def test_missing_files(name: str, tmp_path: Path) -> None:
+    with pytest.raises(MissingFileError, match=name):
         read(tmp_path / name)
 
 

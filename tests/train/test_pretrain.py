@@ -194,3 +194,38 @@ def test_toml_with_overrides(tmp_path) -> None:
     config = scfm.PretrainConfig.from_file(file, ["learning_rate=3e-3", "out=elsewhere", "num_epochs=7"])
     assert (config.learning_rate, config.out, config.num_epochs) == (3e-3, "elsewhere", 7)
     assert (config.num_layers, config.hidden_size, config.ffn_size) == (6, 256, 512)
+
+
+def test_a_list_trains_as_its_files_do(corpus, tmp_path) -> None:
+    """Parts with different genes; what is held out and the medians depend on the cells alone."""
+    from scfm.data.source_list import SourceList
+    from scfm.train.config import PretrainConfig
+    from scfm.train.corpus import build_dictionaries, read_corpus
+
+    parts = [scfm.read(corpus[:25, :90].copy()), scfm.read(corpus[25:, 40:].copy())]
+    settings = {**SMALL, "out": tmp_path, "held_out_fraction": 0.3}
+    one, two = (
+        read_corpus(PretrainConfig.from_mapping({**settings, "data": data}))
+        for data in (parts, SourceList(parts))
+    )
+    assert one.tokenizer.vocab.median == two.tokenizer.vocab.median
+    for a, b in ((one.training, two.training), (one.held_out, two.held_out)):
+        assert a.to_lists() == b.to_lists() and a.cell_ids.tolist() == b.cell_ids.tolist() and a.num_cells
+    # In another order the cells keep their tokens, as long as nothing is held out by position.
+    order = np.random.default_rng(0).permutation(40)
+    settings |= {"held_out_fraction": 0.0}
+    plain, mixed = (
+        read_corpus(PretrainConfig.from_mapping({**settings, "data": data})).training
+        for data in (parts, SourceList(parts).select(order))
+    )
+    tokens = dict(zip(plain.cell_ids.tolist(), plain.to_lists(), strict=True))
+    assert mixed.to_lists() == [tokens[cell] for cell in order[mixed.cell_ids.numpy()].tolist()]
+    # Held out by position in the list: the medians must leave out the very cells that training does.
+    settings |= {"held_out_fraction": 0.5, "data": SourceList(parts).select(order)}
+    mixed_corpus = read_corpus(PretrainConfig.from_mapping(settings))
+    kept = order[mixed_corpus.training.cell_ids.numpy()]
+    alone = [
+        scfm.read(corpus[:25, :90].copy()).select(np.sort(kept[kept < 25])),
+        scfm.read(corpus[25:, 40:].copy()).select(np.sort(kept[kept >= 25]) - 25),
+    ]
+    assert mixed_corpus.tokenizer.vocab.median == build_dictionaries(alone, version="V2").median

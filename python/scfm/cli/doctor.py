@@ -29,6 +29,7 @@ def machine_facts() -> dict[str, Any]:
 
     import scfm
     from scfm import _native
+    from scfm.data.codec_libraries import codec_in_use
     from scfm.models.nn.precision import float32_path, resolve_device, resolve_dtype
 
     device = resolve_device("auto")
@@ -39,6 +40,10 @@ def machine_facts() -> dict[str, Any]:
         "instruction sets": ", ".join(_native.available_isas()),
         "native path": _native.active_isa(),
         "native threads": _native.get_num_threads(),
+        "inflating counts": {
+            shown: codec_in_use(name) or "not found: h5py or zarr instead"
+            for shown, name in (("gzip", "zlib"), ("zstd", "zstd"), ("blosc", "blosc"), ("lz4", "lz4"))
+        },
         "torch threads": torch.get_num_threads(),
         "device": str(device),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",

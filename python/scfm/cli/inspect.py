@@ -12,7 +12,9 @@ from scfm.cli.console import emit, reporting, say
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(help=".h5ad, .loom, a model folder or a hub id.")],
+    path: Annotated[
+        str, typer.Argument(help="A data set (.h5ad, .zarr, 10x, ...), a model folder or a hub id.")
+    ],
     dictionaries: options.Dictionaries = None,
     version: options.Version = None,
     counts_layer: options.CountsLayer = None,
@@ -20,10 +22,12 @@ def inspect(
     as_json: options.Json = False,
 ) -> None:
     """Show what scfm finds in PATH: raw counts and genes of a data set, or shape and tensors of a model."""
+    from scfm.data.read import is_data_path
+
     with reporting(as_json=as_json):
         facts = (
-            _data_facts(Path(path), counts_layer, dictionaries, version, species)
-            if Path(path).suffix in (".h5ad", ".loom")
+            _data_facts(path, counts_layer, dictionaries, version, species)
+            if is_data_path(path)
             else _model_facts(path, dictionaries, version)
         )
         if as_json:
@@ -34,7 +38,7 @@ def inspect(
 
 
 def _data_facts(
-    path: Path, layer: str | None, dictionaries: Path | None, version: str | None, species: str
+    path: str, layer: str | None, dictionaries: Path | None, version: str | None, species: str
 ) -> dict[str, Any]:
     from scfm.data.gene_mapping import map_genes
     from scfm.data.gene_tables import human_symbols
@@ -51,11 +55,12 @@ def _data_facts(
         known, symbols = found.mapping, found.names
     mapping = map_genes(source.genes, known=known, vocabulary=vocabulary, symbols=symbols, species=species)
     return {
-        "file": str(path),
+        "file": path,
         "cells": len(source),
         "genes": len(source.genes),
         "raw counts": source.counts_from,
-        "obs columns": list(source.obs.columns),
+        "reader": source.reader,
+        "obs columns": source.obs_column_names,
         "var columns": list(source.genes.columns),
         "gene coverage": str(mapping.coverage()),
         "vocabulary": "GENCODE (human)" if dictionaries is None else str(dictionaries),

@@ -1,7 +1,8 @@
 """Reading an AnnData object: in memory, a view, or backed by a file.
 
 Arrays are used where they lie; nothing is copied but the block being read. A backed object's X is read
-from its own open file with the checks that any file gets, since anndata itself does none.
+from its own open file with the checks that any file gets, since anndata itself does none; so are the rows of
+a backed view.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from scipy import sparse
 from scfm.data.h5_file import Hdf5File
 from scfm.data.h5ad import matrix_at
 from scfm.data.matrix import CountMatrix, CscInMemory, CsrInMemory, DenseInMemory
+from scfm.data.matrix_subset import ChosenRows
 from scfm.data.raw_counts import Candidate, choose_counts
 from scfm.data.source import CellSource
 from scfm.errors import FormatError, InvalidArgumentError
@@ -48,15 +50,17 @@ def open_anndata(adata: AnnData, *, layer: str | None = None, assume_counts: boo
 
 def _candidates(adata: AnnData) -> list[Candidate]:
     genes: Callable[[], pd.DataFrame] = partial(getattr, adata, "var")
-    # A backed view is small enough to be looked at; anndata cuts its rows and columns out of the file.
-    file = _backing(adata) if adata.isbacked and not adata.is_view else None
+    # What anndata cuts out of a file by columns is small enough to be looked at.
+    file = _backing(adata) if adata.isbacked and not _cuts_columns(adata) else None
+    whole = adata._adata_ref if adata.is_view else adata
     found: list[Candidate] = []
 
     def add(label: str, place: str, load: Callable[[], Any], table: Callable[[], pd.DataFrame]) -> None:
         shape = adata.n_obs, len(table())
         opened = partial(_in_memory, load, shape, label)
         if file is not None and place:
-            opened = partial(matrix_at, file, place, label=label, num_cells=shape[0], num_genes=shape[1])
+            stored = partial(matrix_at, file, place, label=label, num_cells=whole.n_obs, num_genes=shape[1])
+            opened = partial(_rows_of_view, stored, adata) if adata.is_view else stored
         found.append(Candidate(label, opened, table))
 
     if adata.raw is not None:
@@ -68,6 +72,19 @@ def _candidates(adata: AnnData) -> list[Candidate]:
     if adata.isbacked or adata.X is not None:
         add("X", "X", partial(getattr, adata, "X"), genes)
     return found
+
+
+def _cuts_columns(adata: AnnData) -> bool:
+    return adata.is_view and (
+        adata.n_vars != adata._adata_ref.n_vars
+        or not np.array_equal(adata.var_names, adata._adata_ref.var_names)
+    )
+
+
+def _rows_of_view(stored: Callable[[], CountMatrix], view: AnnData) -> CountMatrix:
+    """The view's rows of the file behind the object that it is a view of."""
+    chosen = np.arange(view._adata_ref.n_obs, dtype=np.int64)[view._oidx]
+    return ChosenRows(stored(), chosen)
 
 
 def _backing(adata: AnnData) -> Hdf5File | None:

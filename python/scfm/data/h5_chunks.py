@@ -42,6 +42,7 @@ def chunk_table(dataset: h5py.Dataset, *, path: str) -> StoredArray | str:
             masks, chunk = None, max(num_values, 1)
         else:
             chunk = int(dataset.chunks[0])
+            _expect_all(dataset.id.get_num_chunks(), -(-num_values // chunk), where, path)
             offsets, sizes, masks = _chunks(dataset, num_values, chunk)
             found = _filters(properties)
             if isinstance(found, str):
@@ -94,6 +95,17 @@ def _filters(properties: Any) -> tuple[tuple[str, int], ...] | str:
         else:
             return f"filter {code} ({bytes(label).decode(errors='replace')})"
     return tuple(filters)
+
+
+def _expect_all(num_stored: int, num_chunks: int, where: str, path: str) -> None:
+    """Before a table is made for chunks that a small file only claims to have."""
+    if num_stored < num_chunks:
+        raise FormatError(
+            f"{num_chunks - num_stored:,} of {num_chunks:,} chunks were never written",
+            path=path,
+            where=where,
+            hint="The writing of this file was cut short; write it again.",
+        )
 
 
 def _expect_inside(offsets: NDArray[np.int64], sizes: NDArray[np.int64], where: str, path: str) -> None:

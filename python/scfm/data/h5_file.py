@@ -23,6 +23,7 @@ import h5py
 import numpy as np
 
 from scfm.data.available_memory import require_memory
+from scfm.data.h5_chunk_sizes import check_chunk_sizes
 from scfm.errors import (
     FormatError,
     IntegrityError,
@@ -223,6 +224,7 @@ def check_tree(group: h5py.Group | h5py.Dataset, *, path: str) -> None:
         nonlocal total
         if isinstance(node, h5py.Dataset):
             check_dataset(node, path=path)
+            check_chunk_sizes(node, path=path)
             total += int(np.prod(node.shape or (), dtype=object)) * max(node.dtype.itemsize, 1)
             categories = node.attrs.get("categories")
             if isinstance(categories, h5py.Reference) and categories:
@@ -270,5 +272,6 @@ def read_whole(dataset: Any, *, path: str, where: str, num_values: int | None = 
         hint="The file claims to hold more than fits; check where it comes from.",
     )
     with reading(path, where):
+        check_chunk_sizes(dataset, path=path)
         values: np.ndarray[Any, Any] = dataset[()]
     return values

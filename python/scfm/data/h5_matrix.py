@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 
 from scfm.data.available_memory import require_memory
 from scfm.data.csr import check_indptr, gather_rows
+from scfm.data.h5_chunk_sizes import check_chunk_sizes
 from scfm.data.h5_chunks import chunk_table
 from scfm.data.h5_file import Hdf5File, check_dataset, locate, read_whole, reading
 from scfm.data.matrix import DENSE_PIECE_BYTES, CountMatrix, CscInMemory, CsrParts, dense_to_csr
 from scfm.data.native_csr import NativeCsr, native_obstacle
 from scfm.data.number_types import Array, check_value_type, plain_indices, plain_values
 from scfm.data.stored_array import StoredArray
-from scfm.errors import FormatError
+from scfm.errors import FormatError, ScfmError
 
 __all__ = ["CscInHdf5", "CsrInHdf5", "DenseInHdf5"]
 
@@ -42,11 +43,21 @@ class _Hdf5Matrix(CountMatrix):
     @contextmanager
     def opened(self) -> Iterator[Callable[[NDArray[np.int64]], CsrParts]]:
         with self._file.opened() as handle:
-            yield lambda rows: self._read(handle, rows)
+            yield lambda rows: self._read_unchanged(handle, rows)
 
     def read(self, rows: NDArray[np.int64]) -> CsrParts:
         with self._file.opened() as handle:
-            return self._read(handle, rows)
+            return self._read_unchanged(handle, rows)
+
+    def _read_unchanged(self, handle: h5py.File, rows: NDArray[np.int64]) -> CsrParts:
+        """The rows, if the file is still what it was: a writer at work looks like damage, or like nothing."""
+        try:
+            parts = self._read(handle, rows)
+        except ScfmError:
+            self._file.check_unchanged()
+            raise
+        self._file.check_unchanged()
+        return parts
 
     def _read(self, handle: h5py.File, rows: NDArray[np.int64]) -> CsrParts:
         raise NotImplementedError
@@ -154,8 +165,10 @@ class CsrInHdf5(_Hdf5Matrix):
         for stretch in self._stretches(stored):
             start, stop = int(self._indptr[stretch[0]]), int(self._indptr[stretch[-1] + 1])
             with reading(self.name, f"{indices.name}[{start}:{stop}]"):
+                check_chunk_sizes(indices, path=self.name, start=start, stop=stop)
                 columns = indices[start:stop]
             with reading(self.name, f"{data.name}[{start}:{stop}]"):
+                check_chunk_sizes(data, path=self.name, start=start, stop=stop)
                 values = data[start:stop]
             if len(stretch) <= stretch[-1] - stretch[0]:
                 _, wanted = gather_rows(self._indptr, stretch)
@@ -223,8 +236,10 @@ class CscInHdf5(_Hdf5Matrix):
         )
         data, indices = _value_arrays(self, handle, self._place)
         with reading(self.name, str(indices.name)):
+            check_chunk_sizes(indices, path=self.name)
             rows = indices[()]
         with reading(self.name, str(data.name)):
+            check_chunk_sizes(data, path=self.name)
             values = data[()]
         return CscInMemory(
             self._indptr,
@@ -242,7 +257,10 @@ class CscInHdf5(_Hdf5Matrix):
             part = max(num_values // 3, 1)
             last = max(self._num_values - part, 0)
             with reading(self.name, str(data.name)):
-                pieces = [data[start : start + part] for start in sorted({0, last // 2, last})]
+                starts = sorted({0, last // 2, last})
+                for start in starts:
+                    check_chunk_sizes(data, path=self.name, start=start, stop=start + part)
+                pieces = [data[start : start + part] for start in starts]
         return plain_values(np.concatenate(pieces), name=self.name, dataset=f"{self._place}/data")
 
 
@@ -300,6 +318,8 @@ class DenseInHdf5(_Hdf5Matrix):
         for stretch in np.split(rows, cuts):
             start, stop = int(stretch[0]), int(stretch[-1]) + 1
             with reading(self.name, f"{self._place}, cells {start} to {stop - 1}"):
+                axis = 1 if self._transposed else 0
+                check_chunk_sizes(values, path=self.name, start=start, stop=stop, axis=axis)
                 piece = values[:, start:stop].T if self._transposed else values[start:stop]
             pieces.append(piece if len(stretch) == stop - start else piece[stretch - start])
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)

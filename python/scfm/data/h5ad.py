@@ -16,13 +16,13 @@ import numpy as np
 
 from scfm.data.h5_file import Hdf5File, check_dataset, locate, reading
 from scfm.data.h5_matrix import CscInHdf5, CsrInHdf5, DenseInHdf5
-from scfm.data.h5_table import decoded, read_table, table_length
+from scfm.data.h5_table import Hdf5Table, decoded, read_table, table_length
 from scfm.data.matrix import CountMatrix
 from scfm.data.raw_counts import Candidate, choose_counts
 from scfm.data.source import CellSource
 from scfm.errors import FormatError
 
-__all__ = ["matrix_at", "open_h5ad"]
+__all__ = ["h5ad_source", "matrix_at", "open_h5ad"]
 
 
 def open_h5ad(
@@ -33,13 +33,17 @@ def open_h5ad(
     layer: "X", "raw.X" or a layer's name; None finds the raw counts. Raises MissingFileError, FormatError,
     UnsafeFileError, NotCountsError, InvalidArgumentError, ResourceError.
     """
-    file = Hdf5File(path)
+    return h5ad_source(Hdf5File(path), layer=layer, assume_counts=assume_counts)
+
+
+def h5ad_source(file: Hdf5File, *, layer: str | None, assume_counts: bool) -> CellSource:
+    """The same from a file that may be open already."""
     choice = choose_counts(_candidates(file), name=file.path, layer=layer, assume_counts=assume_counts)
     return CellSource(
         choice.matrix,
         counts_from=choice.candidate.label,
         genes=choice.candidate.genes,
-        obs=partial(read_table, file, "obs"),
+        obs=Hdf5Table(file, "obs"),
         is_counts=choice.is_counts,
         assume_counts=assume_counts,
     )
@@ -85,7 +89,7 @@ def _expect_anndata(handle: h5py.File, path: str) -> None:
     if {"matrix", "row_attrs", "col_attrs"} <= names:
         hint = "This is a loom file: give it the ending .loom."
     elif "matrix" in names:
-        hint = "This looks like a 10x .h5 file: read it with scanpy.read_10x_h5 and pass the AnnData."
+        hint = "This looks like a 10x .h5 file: give it the ending .h5."
     else:
         hint = "Expected an .h5ad file as anndata writes it, with X, obs and var."
     found = ", ".join(sorted(names)[:8]) or "nothing"

@@ -12,6 +12,7 @@ from os import PathLike
 import h5py
 import pandas as pd
 
+from scfm.data.cell_table import CellTable
 from scfm.data.h5_file import Hdf5File, check_dataset, locate, read_whole, reading
 from scfm.data.h5_matrix import DenseInHdf5
 from scfm.data.h5_table import decoded_array
@@ -67,28 +68,54 @@ def open_loom(
         choice.matrix,
         counts_from=choice.candidate.label,
         genes=genes,
-        obs=partial(_attributes, file, "col_attrs", num_cells, _CELL_NAMES),
+        obs=_CellAttributes(file, num_cells),
         is_counts=choice.is_counts,
         assume_counts=assume_counts,
     )
 
 
+class _CellAttributes(CellTable):
+    """The one-dimensional column attributes; wider ones (embeddings) are left out."""
+
+    def __init__(self, file: Hdf5File, num_cells: int) -> None:
+        self._file = file
+        self._num_cells = num_cells
+
+    def __call__(self) -> pd.DataFrame:
+        return _attributes(self._file, "col_attrs", self._num_cells, _CELL_NAMES)
+
+    def names(self) -> list[str]:
+        with self._file.opened() as handle:
+            return _names(handle, "col_attrs", self._file.path)
+
+    def column(self, name: str) -> pd.Series | None:
+        with self._file.opened() as handle:
+            if name not in _names(handle, "col_attrs", self._file.path):
+                return None
+            values = _attribute(handle, f"col_attrs/{name}", self._num_cells, self._file.path)
+        return pd.Series(values, name=name)
+
+
 def _attributes(file: Hdf5File, place: str, length: int, index_names: tuple[str, ...]) -> pd.DataFrame:
-    """The one-dimensional attributes as a table; wider ones (embeddings) are left out."""
-    columns: dict[str, Array] = {}
     with file.opened() as handle:
-        group = locate(handle, place, path=file.path)
-        if not isinstance(group, h5py.Group):
-            raise FormatError("is missing", path=file.path, where=place, hint="Is this a loom file?")
-        with reading(file.path, place):
-            names = list(group)
-        for name in names:
-            where = f"{place}/{name}"
-            node = locate(handle, where, path=file.path)
-            if isinstance(node, h5py.Dataset) and node.ndim == 1:
-                values = read_whole(node, path=file.path, where=where, num_values=length)
-                columns[name] = decoded_array(values)
+        names = _names(handle, place, file.path)
+        columns = {name: _attribute(handle, f"{place}/{name}", length, file.path) for name in names}
     table = pd.DataFrame(columns, index=pd.RangeIndex(length))
     chosen = next((name for name in index_names if name in columns), None)
     table.index = pd.Index(table[chosen].astype(str) if chosen else [str(i) for i in range(length)])
     return table
+
+
+def _names(handle: h5py.File, place: str, path: str) -> list[str]:
+    """The attributes of one dimension."""
+    group = locate(handle, place, path=path)
+    if not isinstance(group, h5py.Group):
+        raise FormatError("is missing", path=path, where=place, hint="Is this a loom file?")
+    with reading(path, place):
+        nodes = {name: locate(handle, f"{place}/{name}", path=path) for name in group}
+        return [name for name, node in nodes.items() if isinstance(node, h5py.Dataset) and node.ndim == 1]
+
+
+def _attribute(handle: h5py.File, where: str, length: int, path: str) -> Array:
+    node = locate(handle, where, path=path)
+    return decoded_array(read_whole(node, path=path, where=where, num_values=length))

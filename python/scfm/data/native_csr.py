@@ -25,7 +25,7 @@ __all__ = ["NativeCsr", "native_obstacle"]
 
 # Rows asked for but not yet handed out: enough to keep every thread busy, small beside a model.
 _BYTES_AHEAD = 128 << 20
-_MOST_REQUESTS_AHEAD = 16
+_MOST_REQUESTS_AHEAD = 4  # a shuffled epoch has a stream for each of many files
 
 
 def native_obstacle(data: StoredArray, indices: StoredArray, *, num_genes: int) -> str | None:

@@ -131,17 +131,21 @@ class PackedCells:
                 f"cells reach from {int(chosen.min())} to {int(chosen.max())}; the pack has {self.num_cells}",
                 where="PackedCells.select",
             )
-        lengths = self.lengths.to(torch.int64)[chosen]
-        cu_seqlens = torch.zeros(chosen.numel() + 1, dtype=torch.int64)
-        torch.cumsum(lengths, 0, out=cu_seqlens[1:])
-        starts = self.cu_seqlens[:-1].to(torch.int64)[chosen]
-        positions = torch.arange(int(cu_seqlens[-1])) + torch.repeat_interleave(
-            starts - cu_seqlens[:-1], lengths
-        )
+        lengths = self.lengths[chosen].numpy()
+        cu_seqlens = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        if cu_seqlens[-1] > np.iinfo(np.int32).max:
+            raise InvalidArgumentError(
+                f"{cu_seqlens[-1]} tokens do not fit one pack of 2^31", where="PackedCells.select"
+            )
+        # 32-bit positions and index_select: several times faster than torch's repeat_interleave and indexing.
+        shifts = self.cu_seqlens[:-1][chosen].numpy() - cu_seqlens[:-1]
+        places = np.repeat(shifts.astype(np.int32), lengths)
+        places += np.arange(len(places), dtype=np.int32)
+        positions = torch.from_numpy(places)
         return PackedCells(
-            token_ids=self.token_ids[positions],
-            values=None if self.values is None else self.values[positions],
-            cu_seqlens=cu_seqlens.to(torch.int32),
+            token_ids=self.token_ids.index_select(0, positions),
+            values=None if self.values is None else self.values.index_select(0, positions),
+            cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
             cell_ids=self.cell_ids[chosen],
         )
 

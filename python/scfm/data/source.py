@@ -9,16 +9,23 @@ to a row of the user's file.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from scfm.data.cell_table import CellTable, TableInMemory
 from scfm.data.csr import CountsReport, CsrBlock
 from scfm.data.matrix import CountMatrix, validated
+from scfm.data.windows import Piece, Window
 from scfm.errors import FormatError, InvalidArgumentError, ScfmWarning
+
+if TYPE_CHECKING:
+    from scfm.data.shuffle import ShuffledCells
 
 __all__ = ["CellSource"]
 
@@ -48,11 +55,12 @@ class CellSource:
         self.name = matrix.name
         self.counts_from = counts_from
         self.dense = matrix.dense
+        self.reader = matrix.reader
         self.is_counts = is_counts
         self.report = CountsReport()
         self._matrix = matrix
         self._load_genes = genes
-        self._load_obs = obs
+        self._load_obs = obs if isinstance(obs, CellTable) else TableInMemory(obs)
         self._assume_counts = assume_counts
         self._rows = rows
         self._genes: pd.DataFrame | None = None
@@ -65,6 +73,11 @@ class CellSource:
     @property
     def num_cells(self) -> int:
         return len(self)
+
+    @property
+    def parts(self) -> list[CellSource]:
+        """The sources of one matrix each that this one is made of: itself, unless it is a list."""
+        return [self]
 
     @property
     def num_genes(self) -> int:
@@ -105,6 +118,27 @@ class CellSource:
             self._obs = table if self._rows is None else table.iloc[self._rows]
         return self._obs
 
+    @property
+    def obs_column_names(self) -> list[str]:
+        """The columns of obs, without its index; no values are read."""
+        return self._load_obs.names()
+
+    def obs_column(self, name: str) -> pd.Series | None:
+        """One column of obs for these cells, in their order and numbered from 0; None where it is absent.
+
+        Nothing else of the table is read, so damage elsewhere in it does not matter. Raises FormatError.
+        """
+        column = self._load_obs.column(name)
+        if column is None:
+            return None
+        if len(column) != self._matrix.num_cells:
+            raise FormatError(
+                f"has {len(column)} entries, the counts have {self._matrix.num_cells} rows",
+                path=self.name,
+                where=f"obs[{name!r}]",
+            )
+        return column if self._rows is None else column.iloc[self._rows].reset_index(drop=True)
+
     def blocks(self, block_size: int = 4096, *, empty_bad_cells: bool = False) -> Iterator[CsrBlock]:
         """Checked blocks of at most ``block_size`` cells, in order, raw counts.
 
@@ -114,34 +148,94 @@ class CellSource:
         Raises FormatError, BadCellError or NotCountsError naming the row. Warns once a source, after the last
         block, about repeated columns, accepted non-integers and counts beyond 2^24.
         """
-        if isinstance(block_size, bool) or not isinstance(block_size, int | np.integer) or block_size < 1:
-            raise InvalidArgumentError(f"is {block_size!r}, expected a positive integer", where="block_size")
-        return self._blocks(int(block_size), empty_bad_cells)
+        return self._blocks(positive(block_size, "block_size"), empty_bad_cells)
 
     def _blocks(self, block_size: int, empty_bad_cells: bool) -> Iterator[CsrBlock]:
         # A fresh report each time round, or a second epoch would double every number.
         self.report = report = CountsReport()
-        with self._matrix.opened() as read:
-            for start in range(0, len(self), block_size):
-                stop = min(start + block_size, len(self))
-                if self._rows is None:
-                    rows = np.arange(start, stop, dtype=np.int64)
-                else:
-                    rows = self._rows[start:stop]
+        starts = range(0, len(self), block_size)
+        requests = (np.arange(start, min(start + block_size, len(self))) for start in starts)
+        with closing(self.gather(requests, report, empty_bad_cells=empty_bad_cells)) as blocks:
+            yield from blocks
+        self.tell(report)
+
+    def gather(
+        self, requests: Iterable[NDArray[np.int64]], report: CountsReport, *, empty_bad_cells: bool = False
+    ) -> Generator[CsrBlock, None, None]:
+        """A checked block for each request: at least one of this source's cells, in any order, repeats allowed.
+
+        ``row_start`` is the first of them. Requests are asked some way ahead of the blocks; what the checks
+        see is added to ``report``, and ``tell`` warns of it.
+        """
+        asked: deque[tuple[int, NDArray[np.int64]]] = deque()
+
+        def rows_of_requests() -> Iterator[NDArray[np.int64]]:
+            for cells in requests:
+                rows = cells if self._rows is None else self._rows[cells]
+                asked.append((int(cells[0]), rows))
+                yield rows
+
+        with closing(self._matrix.stream(rows_of_requests())) as stream:
+            for parts in stream:
+                row_start, rows = asked.popleft()
                 yield validated(
-                    read(rows),
+                    parts,
                     self._matrix,
                     rows,
-                    start,
+                    row_start,
                     gene_names=self._gene_names,
                     report=report,
                     assume_counts=self._assume_counts,
                     empty_bad_cells=empty_bad_cells,
                 )
+
+    def tell(self, report: CountsReport) -> None:
+        """Warn of what the checks saw, each kind once a source."""
         for kind, message in report.messages().items():
             if kind not in self._told:
                 self._told.add(kind)
-                warnings.warn(f"{self.name}: {self.counts_from}: {message}", ScfmWarning, stacklevel=3)
+                warnings.warn(f"{self.name}: {self.counts_from}: {message}", ScfmWarning, stacklevel=4)
+
+    def windows(self, block_size: int = 4096, *, empty_bad_cells: bool = False) -> Iterator[Window]:
+        """The cells of ``blocks(block_size)`` in the form that any order of any parts has."""
+        for block in self.blocks(block_size, empty_bad_cells=empty_bad_cells):
+            slots = np.arange(block.num_cells)
+            cells = slots + block.row_start
+            yield Window(block.row_start + block.num_cells, cells, [Piece(0, block, cells, slots)])
+
+    def shuffled(
+        self,
+        *,
+        seed: int,
+        epoch: int = 0,
+        block_size: int = 64,
+        window: int = 4096,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> ShuffledCells:
+        """The cells of one training epoch in shuffled order, read window by window; see scfm.data.shuffle.
+
+        The order depends on the lengths of ``parts``, seed, epoch, block_size and window only. start: cells
+        of that order already done with; rank, world_size: which of the windows are read here.
+        Raises InvalidArgumentError.
+        """
+        from scfm.data.shuffle import ShuffledCells
+
+        return ShuffledCells(
+            self,
+            seed=seed,
+            epoch=epoch,
+            block_size=block_size,
+            window=window,
+            start=start,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def place_of(self, joined: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Positions in this source of cells that are given by their place in ``parts`` laid end to end."""
+        return joined
 
     def _gene_names(self) -> Sequence[Any]:
         return list(self.genes.index)
@@ -152,7 +246,7 @@ class CellSource:
         Positions count this source's cells; repeats are allowed. Nothing is read. Raises
         InvalidArgumentError.
         """
-        chosen = _positions(rows, len(self))
+        chosen = selected_positions(rows, len(self))
         source = CellSource(
             self._matrix,
             counts_from=self.counts_from,
@@ -172,7 +266,15 @@ class CellSource:
         )
 
 
-def _positions(rows: RowSelection, num_cells: int) -> NDArray[np.int64]:
+def positive(value: int, name: str) -> int:
+    """The value, if it is a whole number from 1; raises InvalidArgumentError."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise InvalidArgumentError(f"is {value!r}, expected a positive integer", where=name)
+    return int(value)
+
+
+def selected_positions(rows: RowSelection, num_cells: int) -> NDArray[np.int64]:
+    """A selection among ``num_cells`` cells as positions from 0. Raises InvalidArgumentError."""
     if isinstance(rows, slice):
         return np.arange(num_cells, dtype=np.int64)[rows]
     chosen = np.asarray(rows)

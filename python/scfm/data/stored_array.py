@@ -6,6 +6,7 @@ a list of filters.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +73,7 @@ class StoredArray:
             f"{self.dtype.kind}{self.dtype.itemsize}",
             self.num_values,
             self.chunk_values,
-            list(self.paths),
+            [os.fsencode(path) for path in self.paths],
             self.file_of_chunk,
             self.offsets,
             self.sizes,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,53 +20,19 @@ import pandas as pd
 import torch
 
 from scfm import _native
-from scfm.data.coverage import CoverageReport
 from scfm.data.csr import CsrBlock
 from scfm.data.gene_mapping import map_genes
 from scfm.data.packed import PackedCells, concatenate
 from scfm.data.read import read
 from scfm.data.source import CellSource
+from scfm.data.windows import Piece, Window
 from scfm.errors import BadCellError, ConfigError, InvalidArgumentError, ScfmWarning
 from scfm.tokenize.dictionaries import GeneformerDictionaries
 from scfm.tokenize.gene_plan import GenePlan, plan_genes
+from scfm.tokenize.report import TokenizeReport, total_of
 
 MAX_TOKENS = {"V1": 2048, "V2": 4096}
 _NO_TOKEN = -1
-
-
-@dataclass
-class TokenizeReport:
-    """What happened to one source's cells and genes.
-
-    num_empty: cells without any known gene; num_filtered: cells left out by obs["filter_pass"];
-    num_truncated: cells with more genes than fit; num_tokens: of all cells, special tokens included.
-    """
-
-    source: str
-    counts_from: str
-    library_size_from: str
-    coverage: CoverageReport
-    num_cells: int = 0
-    num_empty: int = 0
-    num_filtered: int = 0
-    num_truncated: int = 0
-    num_tokens: int = 0
-    num_stored_zeros: int = 0
-    notes: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.source}: {self.num_cells:,} cells, counts from {self.counts_from}, "
-            f"library size from {self.library_size_from}",
-            str(self.coverage),
-            f"{self.num_tokens:,} tokens; {self.num_truncated:,} cells truncated, {self.num_empty:,} without "
-            f"a known gene, {self.num_filtered:,} left out by filter_pass",
-        ]
-        return "\n".join([*lines, *self.notes])
-
-    def to_dict(self) -> dict[str, Any]:
-        plain = {key: value for key, value in vars(self).items() if key not in ("coverage", "notes")}
-        return {**plain, "coverage": self.coverage.to_dict(), "notes": list(self.notes)}
 
 
 @dataclass(frozen=True)
@@ -93,6 +59,17 @@ class TokenizerOptions:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise InvalidArgumentError(f"{getattr(self, name)!r}; expected one of {values}", where=name)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What is worked out once for one part of a source. reports: its own, and the list's if it is in one."""
+
+    plan: GenePlan
+    library_size: np.ndarray | None
+    keep: np.ndarray | None
+    dense: bool
+    reports: tuple[TokenizeReport, ...]
 
 
 class GeneformerTokenizer:
@@ -163,77 +140,154 @@ class GeneformerTokenizer:
     ) -> Iterator[PackedCells]:
         """The source's cells, block by block, in constant memory; ``report`` grows as blocks pass.
 
-        empty_bad_cells: cells with impossible counts are left out with a warning instead of an error.
+        A list's cells come in its order, each by the genes of its own part. empty_bad_cells: cells with
+        impossible counts are left out with a warning instead of an error.
         """
+        windows = source.windows(block_size, empty_bad_cells=empty_bad_cells)
+        for _, packed in self._packs(source, windows, species, use_filter_pass):
+            yield packed
+
+    def shuffled_packs(
+        self,
+        source: CellSource,
+        *,
+        seed: int,
+        epoch: int = 0,
+        block_size: int = 64,
+        window: int = 4096,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        species: str | None = None,
+        use_filter_pass: bool = True,
+        empty_bad_cells: bool = False,
+    ) -> Iterator[tuple[int, PackedCells]]:
+        """One training epoch: (cursor, cells of a window in shuffled order); see ``CellSource.shuffled``.
+
+        The cursor counts cells of the whole order up to the window's end, those without tokens included;
+        ``start=cursor`` goes on behind them. A cell's tokens are those of ``packs``. Raises
+        InvalidArgumentError.
+        """
+        shuffled = source.shuffled(
+            seed=seed,
+            epoch=epoch,
+            block_size=block_size,
+            window=window,
+            start=start,
+            rank=rank,
+            world_size=world_size,
+        )
+        windows = shuffled.windows(empty_bad_cells=empty_bad_cells)
+        return self._packs(source, windows, species, use_filter_pass)
+
+    def _packs(
+        self, source: CellSource, windows: Iterator[Window], species: str | None, use_filter_pass: bool
+    ) -> Iterator[tuple[int, PackedCells]]:
+        parts = self._plan_parts(source, species or self.species, use_filter_pass)
+        for window in windows:
+            yield window.cursor, self._tokenize(window, parts)
+        for number, part in parts.items():
+            own, *total = part.reports
+            own.num_stored_zeros = source.parts[number].report.num_zeros
+            for report in total:
+                report.num_stored_zeros += own.num_stored_zeros
+            self._warn(own)
+
+    def _plan_parts(self, source: CellSource, species: str, use_filter_pass: bool) -> dict[int, _Part]:
+        """Each part's gene plan, by number; parts of a list from which no cell was taken need none."""
+        sources = dict(enumerate(source.parts))
+        if len(sources) > 1:
+            sources = {number: part for number, part in sources.items() if len(part)}
+        planned = {number: self._plan_part(part, species) for number, part in sources.items()}
+        own = [report for _, _, report in planned.values()]
+        self.report = own[0] if len(source.parts) == 1 else total_of(source.name, own)
+        return {
+            number: _Part(
+                plan,
+                library_size,
+                filter_pass_of(sources[number]) if use_filter_pass else None,
+                sources[number].dense,
+                (report,) if report is self.report else (report, self.report),
+            )
+            for number, (plan, library_size, report) in planned.items()
+        }
+
+    def _plan_part(
+        self, source: CellSource, species: str
+    ) -> tuple[GenePlan, np.ndarray | None, TokenizeReport]:
         mapping = map_genes(
             source.genes,
             known=self.vocab.mapping,
             vocabulary=self._gene_vocabulary,
             symbols=self.vocab.names,
-            species=species or self.species,
+            species=species,
             rules=self.options.gene_rules,
         )
         plan = plan_genes(mapping, self.vocab, sum_duplicates=self.options.duplicate_genes == "sum")
         library_size, origin = library_size_of(source)
         report = TokenizeReport(source.name, source.counts_from, origin, mapping.coverage())
-        self.report = report
         report.notes += [*mapping.notes, *_plan_notes(plan)]
-        keep = filter_pass_of(source) if use_filter_pass else None
-        for block in source.blocks(block_size, empty_bad_cells=empty_bad_cells):
-            yield self._tokenize(block, plan, library_size, keep, source.dense, report)
-        report.num_stored_zeros = source.report.num_zeros
-        self._warn(report)
+        return plan, library_size, report
 
-    def _tokenize(
-        self,
-        block: CsrBlock,
-        plan: GenePlan,
-        library_size: np.ndarray | None,
-        keep: np.ndarray | None,
-        dense: bool,
-        report: TokenizeReport,
-    ) -> PackedCells:
-        rows = slice(block.row_start, block.row_start + block.num_cells)
-        if library_size is None:
+    def _tokenize(self, window: Window, parts: dict[int, _Part]) -> PackedCells:
+        """The window's cells in its order, without those that have no token or are filtered out."""
+        chosen = np.empty(len(window.cells), dtype=bool)
+        packs = []
+        for piece in window.pieces:
+            packed, keep = self._tokenize_piece(piece, parts[piece.part])
+            packs.append(packed)
+            chosen[piece.slots] = keep
+        packed = concatenate(packs)
+        if len(packs) > 1:
+            slots = np.concatenate([piece.slots for piece in window.pieces])
+            packed = packed.select(np.argsort(slots)[chosen])
+        elif not chosen.all():
+            packed = packed.select(np.flatnonzero(chosen))
+        cell_ids = torch.from_numpy(window.cells[chosen])
+        return PackedCells(packed.token_ids, packed.values, packed.cu_seqlens, cell_ids)
+
+    def _tokenize_piece(self, piece: Piece, part: _Part) -> tuple[PackedCells, np.ndarray]:
+        """Tokens of all the piece's cells, and which of the cells stay."""
+        block = piece.block
+        if part.library_size is None:
             sizes = _native.row_sums(block.indptr, block.data)
         else:
-            sizes = library_size[rows]
+            sizes = part.library_size[piece.cells]
         single = sizes.dtype == np.float32 and np.result_type(block.data.dtype, np.float32) == np.float32
         result = _native.rank_value(
             block.indptr,
             block.indices,
             block.data,
             np.ascontiguousarray(sizes, dtype=np.float64),
-            plan.column_slot,
-            plan.slot_token,
-            plan.slot_median,
-            plan.num_single,
-            ("divide" if dense else "multiply") + ("32" if single else "64"),
+            part.plan.column_slot,
+            part.plan.slot_token,
+            part.plan.slot_median,
+            part.plan.num_single,
+            ("divide" if part.dense else "multiply") + ("32" if single else "64"),
             self.options.stored_zeros == "keep",
             self.max_tokens,
             self._prefix,
             self._suffix,
             self.options.keep_counts,
         )
-        _check_library_size(sizes, result.total_counts, block, report.source)
-        report.coverage.add_counts(float(result.mapped_counts.sum()), float(result.total_counts.sum()))
+        _check_library_size(sizes, result.total_counts, block, part.reports[0].source)
+        has_genes = result.num_gene_tokens > 0
+        chosen = has_genes if part.keep is None else has_genes & part.keep[piece.cells]
+        capacity = self.max_tokens - (self._prefix >= 0) - (self._suffix >= 0)
+        for report in part.reports:
+            report.coverage.add_counts(float(result.mapped_counts.sum()), float(result.total_counts.sum()))
+            report.num_cells += block.num_cells
+            report.num_empty += int((~has_genes).sum())
+            report.num_filtered += int((has_genes & ~chosen).sum())
+            report.num_truncated += int((result.num_gene_tokens[chosen] > capacity).sum())
+            report.num_tokens += int(np.diff(result.cu_seqlens)[chosen].sum())
         packed = PackedCells(
             token_ids=torch.from_numpy(result.token_ids),
             values=None if result.counts is None else torch.from_numpy(result.counts.astype(np.float32)),
             cu_seqlens=torch.from_numpy(result.cu_seqlens.astype(np.int32)),
-            cell_ids=torch.arange(rows.start, rows.stop, dtype=torch.int64),
+            cell_ids=torch.from_numpy(piece.cells),
         )
-        chosen = result.num_gene_tokens > 0
-        report.num_cells += block.num_cells
-        report.num_empty += int((~chosen).sum())
-        if keep is not None:
-            report.num_filtered += int((chosen & ~keep[rows]).sum())
-            chosen = chosen & keep[rows]
-        kept = packed if chosen.all() else packed.select(np.flatnonzero(chosen))
-        capacity = self.max_tokens - (self._prefix >= 0) - (self._suffix >= 0)
-        report.num_truncated += int((result.num_gene_tokens[chosen] > capacity).sum())
-        report.num_tokens += kept.num_tokens
-        return kept
+        return packed, chosen
 
     def _warn(self, report: TokenizeReport) -> None:
         if report.num_stored_zeros and self.options.stored_zeros == "keep":
@@ -262,9 +316,10 @@ class GeneformerTokenizer:
 
 def library_size_of(source: CellSource) -> tuple[np.ndarray | None, str]:
     """obs["n_counts"] as the authors require it; where it is absent, None: the row sums will be used."""
-    if "n_counts" not in source.obs.columns:
+    stored = source.obs_column("n_counts")
+    if stored is None:
         return None, "row sums"
-    column = source.obs["n_counts"].to_numpy()
+    column = stored.to_numpy()
     if not np.issubdtype(column.dtype, np.number) or np.iscomplexobj(column):
         raise BadCellError(
             f"dtype {column.dtype}; expected numbers",
@@ -297,9 +352,9 @@ def _check_library_size(sizes: np.ndarray, totals: np.ndarray, block: CsrBlock, 
 
 def filter_pass_of(source: CellSource) -> np.ndarray | None:
     """bool (cells,): obs["filter_pass"] == 1, the authors' switch for cells; None without the column."""
-    if "filter_pass" not in source.obs.columns:
+    column = source.obs_column("filter_pass")
+    if column is None:
         return None
-    column = source.obs["filter_pass"]
     if not (pd.api.types.is_bool_dtype(column) or pd.api.types.is_numeric_dtype(column)):
         raise InvalidArgumentError(
             f"dtype {column.dtype}; expected numbers, 1 for the cells to keep",

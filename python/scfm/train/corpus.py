@@ -17,6 +17,7 @@ from scfm.data.gene_tables import human_symbols
 from scfm.data.packed import PackedCells, concatenate
 from scfm.data.read import read
 from scfm.data.source import CellSource
+from scfm.data.source_list import SourceList
 from scfm.errors import ConfigError
 from scfm.tokenize.dictionaries import GeneformerDictionaries
 from scfm.tokenize.geneformer import GeneformerTokenizer, filter_pass_of, library_size_of
@@ -39,28 +40,23 @@ def read_corpus(config: PretrainConfig) -> Corpus:
     """Tokens of all sources of ``config.data``; raises ConfigError when nothing is left to train on."""
     if not config.data:
         raise ConfigError("no data given", where="data", hint="Name at least one .h5ad file.")
-    sources = [read(item, layer=config.layer) for item in config.data]
-    firsts = np.cumsum([0, *map(len, sources)])
-    held_out = held_out_cells(np.arange(firsts[-1]), config.held_out_fraction, config.seed)
+    source = SourceList([read(item, layer=config.layer) for item in config.data])
+    held_out = held_out_cells(np.arange(len(source)), config.held_out_fraction, config.seed)
     if config.dictionaries is not None:
         vocab = GeneformerDictionaries.from_files(config.dictionaries)
     else:
+        joined = held_out[source.place_of(np.arange(len(source)))]
         vocab = build_dictionaries(
-            sources,
+            source.parts,
             version="V2" if config.special_tokens else "V1",
             species=config.species,
-            held_out=np.split(held_out, firsts[1:-1]),
+            held_out=np.split(joined, np.cumsum([len(part) for part in source.parts])[:-1]),
         )
     tokenizer = GeneformerTokenizer(vocab, max_tokens=config.max_tokens, species=config.species)
-    packs = [
-        PackedCells(pack.token_ids, pack.values, pack.cu_seqlens, pack.cell_ids + int(first))
-        for first, source in zip(firsts, sources, strict=False)
-        for pack in tokenizer.packs(source)
-    ]
-    everything = concatenate(packs)
+    everything = concatenate(list(tokenizer.packs(source)))
     kept_out = torch.from_numpy(held_out)[everything.cell_ids]
     if not everything.num_cells or bool(kept_out.all()):
-        raise ConfigError(f"no cell is left to train on of {firsts[-1]}", where="data")
+        raise ConfigError(f"no cell is left to train on of {len(source)}", where="data")
     return Corpus(everything.select(~kept_out), everything.select(kept_out), tokenizer)
 
 
