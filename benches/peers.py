@@ -1,8 +1,11 @@
-"""What the peers do, in our own words: each published procedure rewritten step by step with the library calls that
-the peer makes, so that a bench can time it beside ours in the same run. One section a peer; nothing here is tuned."""
+"""What the peers do, so that a bench can time it beside ours in the same run: a library that can be installed is called
+as its documentation says, a published procedure is rewritten step by step in our own words. One section a subject;
+where a peer offers several ways, the one that was fastest for it is taken.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +85,65 @@ def hugging_face_embed(peer: Any, cells: list[list[int]], *, batch_size: int) ->
             result = peer(input_ids=padded, attention_mask=mask, output_hidden_states=True)
         out[chosen] = result.hidden_states[-2][:, 0].numpy()
     return out
+
+
+# ---- Reading counts from an .h5ad file ---------------------------------------------------------------------------
+# Each gives CSR matrices batch by batch, of a file that is open already: ``backed`` is what
+# anndata.read_h5ad(path, backed="r") returns, ``group`` the h5py group of its X.
+
+
+def h5py_slices(group: Any, *, num_rows: int = 4096) -> Iterator[sp.csr_matrix]:
+    """Rows in order: plain h5py slices of the three arrays, which scipy takes as they are."""
+    indptr, num_genes = group["indptr"][:], int(group.attrs["shape"][1])
+    for first in range(0, len(indptr) - 1, num_rows):
+        pointers = indptr[first : first + num_rows + 1]
+        span = slice(pointers[0], pointers[-1])
+        parts = group["data"][span], group["indices"][span], pointers - pointers[0]
+        yield sp.csr_matrix(parts, shape=(len(pointers) - 1, num_genes))
+
+
+def anndata_slices(backed: Any, *, num_rows: int = 4096) -> Iterator[sp.csr_matrix]:
+    for first in range(0, backed.n_obs, num_rows):
+        yield backed.X[first : first + num_rows]
+
+
+def anndata_random(backed: Any, *, batch_size: int = 256, seed: int = 0) -> Iterator[sp.csr_matrix]:
+    """Fully random batches, each batch's rows sorted, which is what anndata reads fastest."""
+    order = np.random.default_rng(seed).permutation(backed.n_obs)
+    for start in range(0, len(order), batch_size):
+        yield backed.X[np.sort(order[start : start + batch_size])]
+
+
+def ann_loader(backed: Any, *, batch_size: int = 256) -> Iterator[sp.csr_matrix]:
+    """anndata's own torch loader, shuffled. Without its converter, which would make dense tensors of the rows."""
+    from anndata.experimental import AnnLoader
+
+    for batch in AnnLoader(backed, batch_size=batch_size, shuffle=True, use_default_converter=False):
+        yield batch.X
+
+
+def sc_dataset(
+    backed: Any, *, block_size: int | None = 64, num_workers: int = 0, seed: int = 0
+) -> Iterator[sp.csr_matrix]:
+    """scDataset with batches of 256 and its default fetch factor 16; block_size None: its Streaming strategy.
+
+    The fetch callback takes X alone and leaves it sparse: faster for it than materialising an AnnData or a dense
+    array, as its documented transforms do.
+    """
+    from scdataset import BlockShuffling, Streaming, scDataset
+    from torch.utils.data import DataLoader
+
+    strategy = Streaming() if block_size is None else BlockShuffling(block_size=block_size)
+    dataset = scDataset(
+        backed,
+        strategy,
+        batch_size=256,
+        fetch_factor=16,
+        fetch_callback=lambda collection, rows: collection.X[rows],
+        seed=seed,
+    )
+    yield from DataLoader(dataset, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
