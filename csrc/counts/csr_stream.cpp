@@ -21,7 +21,13 @@ constexpr int kColumns = 0;
 constexpr int kData = 1;
 // Plain arrays are read in pieces that fit the second-level cache, so that checking finds them there.
 constexpr std::int64_t kPlainPiece = 1 << 16;
-constexpr std::size_t kMostIdleBytes = std::size_t{256} << 20;
+constexpr std::size_t kMostIdleBytes = std::size_t{96} << 20;
+
+/// One for the process: a run over many files, or many epochs, keeps to the same pages.
+std::shared_ptr<BufferPool> shared_pool() {
+  static const auto pool = std::make_shared<BufferPool>(kMostIdleBytes);
+  return pool;
+}
 
 /// Columns as int32; false if one is outside [0, num_genes), and -1 stands for it.
 template <class Stored>
@@ -62,6 +68,11 @@ struct CsrStream::Task {
   std::size_t last;
 };
 
+struct CsrStream::Scratch {
+  ChunkScratch chunk;
+  std::vector<StoredArray::Stretch> stretches;
+};
+
 struct CsrStream::Request {
   std::vector<Piece> pieces[2];
   std::vector<Task> tasks;
@@ -78,7 +89,7 @@ CsrStream::CsrStream(std::shared_ptr<const StoredArray> data, std::shared_ptr<co
     : arrays_{std::move(columns), std::move(data)},
       indptr_(indptr),
       options_(options),
-      pool_(std::make_shared<BufferPool>(kMostIdleBytes)),
+      pool_(shared_pool()),
       owner_process_(getpid()) {
   const DataType type = arrays_[kColumns]->table().type;
   if (type == DataType::f32 || type == DataType::f64) throw InvalidArgument("CsrStream: indices are floats");
@@ -179,48 +190,68 @@ CsrRows CsrStream::take() {
   return std::move(request->rows);
 }
 
-void CsrStream::run_task(const Request& request, const Task& task, ChunkScratch& scratch,
-                         CsrRows& found) const {
+/// Puts the values of a task where they belong. False if a column was out of range.
+bool CsrStream::place(const Request& request, const Task& task, Scratch& scratch) const {
   const StoredArray& stored = *arrays_[task.array];
   const DataType type = stored.table().type;
   const std::int64_t item = item_size(type);
-  const std::vector<Piece>& pieces = request.pieces[task.array];
-  auto* columns = static_cast<std::int32_t*>(request.rows.columns.memory);
-  auto* data = static_cast<std::uint8_t*>(request.rows.data.memory);
-  const bool in_place = task.array == kData || type == DataType::i32;
-  const std::uint8_t* chunk = stored.plain() ? nullptr : stored.decode(pieces[task.first].chunk, scratch);
-  for (std::size_t i = task.first; i < task.last; ++i) {
-    const Piece& piece = pieces[i];
-    void* to = task.array == kData ? static_cast<void*>(data + piece.to * item) : columns + piece.to;
+  const std::span<const Piece> pieces(request.pieces[task.array].data() + task.first, task.last - task.first);
+  const bool same_type = task.array == kData || type == DataType::i32;
+  auto* memory = static_cast<std::uint8_t*>(task.array == kData ? request.rows.data.memory
+                                                                : request.rows.columns.memory);
+  bool in_range = true;
+  if (stored.plain() && same_type) {
+    scratch.stretches.clear();
+    for (const Piece& piece : pieces) {
+      scratch.stretches.push_back(
+          {piece.chunk, piece.from * item, piece.count * item, memory + piece.to * item});
+    }
+    stored.read_plain(scratch.stretches);
+    return true;
+  }
+  const std::uint8_t* chunk = stored.plain() ? nullptr : stored.decode(pieces.front().chunk, scratch.chunk);
+  for (const Piece& piece : pieces) {
     const std::uint8_t* from = nullptr;
     if (chunk != nullptr) {
       from = chunk + piece.from * item;
     } else {
-      void* read_to = in_place ? to : scratch.first.reserve(piece.count * item);
-      stored.read_plain(piece.chunk, piece.from * item, piece.count * item, read_to);
-      from = static_cast<const std::uint8_t*>(read_to);
+      std::uint8_t* read_to = scratch.chunk.first.reserve(piece.count * item);
+      const StoredArray::Stretch stretch{piece.chunk, piece.from * item, piece.count * item, read_to};
+      stored.read_plain({&stretch, 1});
+      from = read_to;
     }
-    if (task.array == kColumns) {
-      if (from != to && !place_columns(type, from, piece.count, options_.num_genes, columns + piece.to)) {
-        found.columns_in_range = false;
-      }
-    } else if (from != to) {
-      std::memcpy(to, from, static_cast<std::size_t>(piece.count * item));
-    }
-    if (!options_.validate) continue;
     if (task.array == kData) {
-      const ValueFacts facts = row_facts_kernels().values[static_cast<int>(type)](to, piece.count);
+      std::memcpy(memory + piece.to * item, from, static_cast<std::size_t>(piece.count * item));
+    } else {
+      in_range &= place_columns(type, from, piece.count, options_.num_genes,
+                                static_cast<std::int32_t*>(request.rows.columns.memory) + piece.to);
+    }
+  }
+  return in_range;
+}
+
+/// What the values of a task look like, while they are still in the cache.
+void CsrStream::check(const Request& request, const Task& task, CsrRows& found) const {
+  const RowFactsKernels& kernels = row_facts_kernels();
+  const std::vector<std::int64_t>& indptr = request.rows.indptr;
+  const DataType type = arrays_[kData]->table().type;
+  for (std::size_t i = task.first; i < task.last; ++i) {
+    const Piece& piece = request.pieces[task.array][i];
+    if (task.array == kData) {
+      const auto* data = static_cast<const std::uint8_t*>(request.rows.data.memory);
+      const ValueFacts facts =
+          kernels.values[static_cast<int>(type)](data + piece.to * item_size(type), piece.count);
       found.sound = found.sound && !facts.suspect && facts.num_nonintegers == 0;
       found.facts.num_zeros += facts.num_zeros;
       found.facts.max_value = std::max(found.facts.max_value, facts.max_value);
       continue;
     }
-    const std::vector<std::int64_t>& indptr = request.rows.indptr;
+    const auto* columns = static_cast<const std::int32_t*>(request.rows.columns.memory);
     auto row = std::upper_bound(indptr.begin(), indptr.end(), piece.to);  // the end of the piece's first row
     for (std::int64_t at = piece.to; at < piece.to + piece.count; ++row) {
       const std::int64_t stop = std::min(*row, piece.to + piece.count);
-      const ColumnFacts facts = row_facts_kernels().columns[static_cast<int>(ColumnType::i32)](
-          columns + at, stop - at, options_.num_genes);
+      const ColumnFacts facts =
+          kernels.columns[static_cast<int>(ColumnType::i32)](columns + at, stop - at, options_.num_genes);
       found.sound = found.sound && !facts.out_of_range && !facts.falls && !facts.repeats;
       at = stop;
     }
@@ -245,7 +276,7 @@ void CsrStream::serve() {
   sigset_t all;  // signals belong to the interpreter's threads
   sigfillset(&all);
   pthread_sigmask(SIG_BLOCK, &all, nullptr);
-  ChunkScratch scratch;
+  Scratch scratch;
   std::unique_lock lock(mutex_);
   for (;;) {
     Request* request = nullptr;
@@ -266,7 +297,8 @@ void CsrStream::serve() {
     found.sound = true;
     std::exception_ptr error;
     try {
-      run_task(*request, request->tasks[task], scratch, found);
+      found.columns_in_range = place(*request, request->tasks[task], scratch);
+      if (options_.validate) check(*request, request->tasks[task], found);
     } catch (...) {
       error = std::current_exception();
     }

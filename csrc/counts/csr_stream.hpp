@@ -66,10 +66,11 @@ class CsrStream {
  private:
   struct Request;
   struct Task;
-  struct Worker;
+  struct Scratch;
 
   void serve();
-  void run_task(const Request& request, const Task& task, ChunkScratch& scratch, CsrRows& found) const;
+  bool place(const Request& request, const Task& task, Scratch& scratch) const;
+  void check(const Request& request, const Task& task, CsrRows& found) const;
 
   std::shared_ptr<const StoredArray> arrays_[2];  // columns, data
   std::span<const std::int64_t> indptr_;

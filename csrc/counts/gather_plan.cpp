@@ -50,9 +50,11 @@ std::vector<Piece> cut_into_pieces(const std::vector<Run>& runs, std::int64_t ch
       done += count;
     }
   }
-  const auto by_chunk = [](const Piece& a, const Piece& b) { return a.chunk < b.chunk; };
-  if (!std::is_sorted(pieces.begin(), pieces.end(), by_chunk)) {
-    std::stable_sort(pieces.begin(), pieces.end(), by_chunk);
+  const auto by_place = [](const Piece& a, const Piece& b) {
+    return a.chunk != b.chunk ? a.chunk < b.chunk : a.from < b.from;
+  };
+  if (!std::is_sorted(pieces.begin(), pieces.end(), by_place)) {
+    std::stable_sort(pieces.begin(), pieces.end(), by_place);
   }
   return pieces;
 }

@@ -32,7 +32,7 @@ struct RowPlan {
 RowPlan plan_rows(std::span<const std::int64_t> indptr, std::int64_t num_values,
                   std::span<const std::int64_t> rows);
 
-/// The runs cut at chunk boundaries, pieces of one chunk together, chunks ascending.
+/// The runs cut at chunk boundaries, in the order in which they are stored.
 std::vector<Piece> cut_into_pieces(const std::vector<Run>& runs, std::int64_t chunk_values);
 
 /// Pieces (of a plain array) cut further, so that none is longer than `longest`.

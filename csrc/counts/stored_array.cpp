@@ -1,9 +1,11 @@
 #include "counts/stored_array.hpp"
 
 #include <fcntl.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstring>
 #include <limits>
@@ -12,6 +14,7 @@ namespace scfm {
 namespace {
 
 constexpr std::size_t kMostOpenFiles = 64;
+constexpr std::size_t kMostTogether = 256;
 
 int open_for_reading(const std::string& path) {
   int descriptor = -1;
@@ -96,10 +99,10 @@ void StoredArray::fail(std::int64_t chunk, const std::string& reason) const {
                    table_.sizes[c]);
 }
 
-void StoredArray::read_bytes(std::int64_t chunk, std::int64_t offset, std::int64_t size, void* to) const {
+/// An open file for the chunk. `own` is set where the caller has to close it.
+int StoredArray::descriptor_of(std::int64_t chunk, int& own) const {
   const std::size_t file = file_of(chunk);
   int descriptor = -1;
-  int own = -1;
   if (descriptors_.empty()) {
     own = descriptor = open_for_reading(table_.paths[file]);
   } else {
@@ -107,8 +110,14 @@ void StoredArray::read_bytes(std::int64_t chunk, std::int64_t offset, std::int64
     if (descriptors_[file] < 0) descriptors_[file] = open_for_reading(table_.paths[file]);
     descriptor = descriptors_[file];
   }
-  const Closer closer(own);
   if (descriptor < 0) fail(chunk, std::string("the file cannot be opened: ") + std::strerror(errno));
+  return descriptor;
+}
+
+void StoredArray::read_bytes(std::int64_t chunk, std::int64_t offset, std::int64_t size, void* to) const {
+  int own = -1;
+  const int descriptor = descriptor_of(chunk, own);
+  const Closer closer(own);
   auto* at = static_cast<std::uint8_t*>(to);
   while (size > 0) {
     const auto wanted = static_cast<std::size_t>(std::min<std::int64_t>(size, std::int64_t{1} << 30));
@@ -136,11 +145,45 @@ const std::uint8_t* StoredArray::decode(std::int64_t chunk, ChunkScratch& scratc
   return decoded.data();
 }
 
-void StoredArray::read_plain(std::int64_t chunk, std::int64_t start, std::int64_t size, void* to) const {
-  const auto c = static_cast<std::size_t>(chunk);
-  if (table_.offsets[c] < 0) fail(chunk, "it was never written");
-  if (start < 0 || size > table_.sizes[c] - start) fail(chunk, "it is shorter than its values");
-  read_bytes(chunk, table_.offsets[c] + start, size, to);
+/// Reads as many of the first stretches as lie end to end in one file; returns how many.
+std::size_t StoredArray::read_together(std::span<const Stretch> stretches) const {
+  std::array<iovec, kMostTogether> targets;
+  std::size_t count = 0;
+  std::int64_t size = 0;
+  const std::int64_t chunk = stretches[0].chunk;
+  const auto place = [this](const Stretch& stretch) {
+    return table_.offsets[static_cast<std::size_t>(stretch.chunk)] + stretch.start;
+  };
+  while (count < stretches.size() && count < kMostTogether) {
+    const Stretch& next = stretches[count];
+    if (file_of(next.chunk) != file_of(chunk) || place(next) != place(stretches[0]) + size) break;
+    targets[count++] = {next.to, static_cast<std::size_t>(next.size)};
+    size += next.size;
+  }
+  if (count > 1) {
+    int own = -1;
+    const int descriptor = descriptor_of(chunk, own);
+    const Closer closer(own);
+    const ssize_t got = ::preadv(descriptor, targets.data(), static_cast<int>(count),
+                                 static_cast<off_t>(place(stretches[0])));
+    if (got == size) return count;
+  }
+  // One alone; or fewer bytes than hoped for, and then one by one it shows which chunk lacks them.
+  for (const Stretch& stretch : stretches.first(count)) {
+    read_bytes(stretch.chunk, place(stretch), stretch.size, stretch.to);
+  }
+  return count;
+}
+
+void StoredArray::read_plain(std::span<const Stretch> stretches) const {
+  for (const Stretch& stretch : stretches) {
+    const auto c = static_cast<std::size_t>(stretch.chunk);
+    if (table_.offsets[c] < 0) fail(stretch.chunk, "it was never written");
+    if (stretch.start < 0 || stretch.size > table_.sizes[c] - stretch.start) {
+      fail(stretch.chunk, "it is shorter than its values");
+    }
+  }
+  while (!stretches.empty()) stretches = stretches.subspan(read_together(stretches));
 }
 
 }  // namespace scfm

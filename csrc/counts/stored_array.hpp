@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <mutex>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -63,11 +64,22 @@ class StoredArray {
   /// The whole chunk, decoded; valid until the scratch space is used again. Throws ChunkError.
   const std::uint8_t* decode(std::int64_t chunk, ChunkScratch& scratch) const;
 
-  /// Bytes [start, start + size) of a chunk of a plain array, straight into `to`. Throws ChunkError.
-  void read_plain(std::int64_t chunk, std::int64_t start, std::int64_t size, void* to) const;
+  /// A part of a chunk of a plain array and where it goes, in bytes.
+  struct Stretch {
+    std::int64_t chunk;
+    std::int64_t start;
+    std::int64_t size;
+    void* to;
+  };
+
+  /// Reads parts of a plain array straight to their places. Parts that follow one another in the file are
+  /// read together, so give them in the order of the file. Throws ChunkError.
+  void read_plain(std::span<const Stretch> stretches) const;
 
  private:
+  int descriptor_of(std::int64_t chunk, int& own) const;
   void read_bytes(std::int64_t chunk, std::int64_t offset, std::int64_t size, void* to) const;
+  std::size_t read_together(std::span<const Stretch> stretches) const;
   [[noreturn]] void fail(std::int64_t chunk, const std::string& reason) const;
   std::size_t file_of(std::int64_t chunk) const;
 

@@ -23,6 +23,7 @@ __all__ = [
     "ResourceError",
     "ScfmError",
     "ScfmWarning",
+    "StorageError",
     "UnsafeCheckpointError",
     "UnsafeFileError",
     "VersionError",
@@ -143,6 +144,12 @@ class ResourceError(ScfmError, MemoryError):
     """Memory or another resource would not suffice; said before it runs out where possible."""
 
     code = "resource"
+
+
+class StorageError(ScfmError, OSError):
+    """The disk did not take what was written: it is full, read-only, over quota or failing. ``.errno`` says."""
+
+    code = "storage"
 
 
 class ScfmWarning(UserWarning):

@@ -122,3 +122,27 @@ def test_pretrain_from_settings(tiny_adata, tmp_path) -> None:
 
 def test_version() -> None:
     assert run("--version").strip() == scfm.__version__
+
+
+def test_embed_into_a_folder_verify_and_export(model, data, tiny_model, tmp_path) -> None:
+    command = ("embed", data, "-m", model, "-o", tmp_path / "out", "--dtype", "float32", "--shard-size", 16)
+    facts = run_json(*command)
+    assert facts["ok"] and facts["complete"] and facts["num_computed"] == 3 and facts["num_cells"] == 40
+    assert run_json(*command, "--verify")["num_computed"] == 0
+    run(*command, "-q")
+    facts = run_json(*command[:-1], 17, code=3)
+    assert facts["code"] == "integrity" and "shard_size: 16 -> 17" in facts["message"]
+    assert run_json("verify", tmp_path / "out")["ok"]
+    run("verify", tmp_path / "out")
+    facts = run_json("export", tmp_path / "out", tmp_path / "x.npy")
+    assert facts["shape"] == [40, 32]
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), tiny_model.embed(data))
+    run("export", tmp_path / "out", tmp_path / "x.h5ad", "--key", "X_e")
+    assert ad.read_h5ad(tmp_path / "x.h5ad").obsm["X_e"].shape == (40, 32)
+    (tmp_path / "out" / "part-00001.json").unlink()
+    facts = run_json("verify", tmp_path / "out", code=1)
+    assert [(p["shard"], p["kind"]) for p in facts["problems"]] == [("part-00001", "missing")]
+    assert run_json("export", tmp_path / "out", tmp_path / "y.npy", code=3)["code"] == "missing_file"
+    run("verify", tmp_path, code=3)
+    run("embed", data, data, "-m", model, "-o", tmp_path / "y.npy", code=3)
+    run("embed", data, "-m", model, "-o", data, code=3)

@@ -8,7 +8,8 @@ import anndata as ad
 import numpy as np
 import pytest
 
-from scfm.embed.files import whole_file, write_h5ad_copy, write_npy
+from scfm.data.atomic_file import whole_file
+from scfm.embed.files import write_h5ad_copy, write_npy
 from scfm.errors import InvalidArgumentError, MissingFileError
 
 EMBEDDING = np.arange(80, dtype=np.float32).reshape(40, 2)

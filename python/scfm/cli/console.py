@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from scfm.errors import ScfmError, ScfmWarning
+
+if TYPE_CHECKING:
+    from scfm.embed.progress import Progress as RunState
 
 EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 3, 130
 
@@ -86,6 +92,49 @@ def cell_progress(description: str, *, quiet: bool) -> Iterator[Callable[[int, i
             bar.update(task, completed=done, total=total, speed=speed)
 
         yield advance
+
+
+@contextmanager
+def run_progress(*, quiet: bool) -> Iterator[Callable[[RunState], None]]:
+    """A bar over all workers of a run: share, cells, their speeds added up, time left."""
+    with Progress(
+        TextColumn("embedding"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.completed:,.0f} cells"),
+        TextColumn("{task.fields[speed]}"),
+        console=console,
+        disable=quiet,
+    ) as bar:
+        task = bar.add_task("embedding", total=None, speed="")
+
+        def show(state: RunState) -> None:
+            left = state.seconds_left
+            time_left = "" if left is None else f", {datetime.timedelta(seconds=round(left))} left"
+            speed = (
+                f"{state.shards:,}/{state.num_shards:,} shards, {state.workers} workers, "
+                f"{state.cells_per_second:,.1f} cells/s, {state.tokens_per_second:,.0f} tokens/s{time_left}"
+            )
+            bar.update(task, completed=state.cells, total=state.num_cells, speed=speed)
+
+        yield show
+
+
+@contextmanager
+def stop_on_sigterm() -> Iterator[None]:
+    """A polite kill (a scheduler's, before the impolite one) ends the work as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

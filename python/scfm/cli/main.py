@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 import scfm
-from scfm.cli import convert, demo, doctor, embed, inspect, pretrain, tokenize
+from scfm.cli import convert, demo, doctor, embed, export, inspect, pretrain, tokenize, verify
 
 app = typer.Typer(
     name="scfm",
@@ -20,8 +20,8 @@ app = typer.Typer(
 def root(version: bool = typer.Option(False, "--version", help="Print the version and leave.")) -> None:
     """One engine for single-cell foundation models: raw counts in, embeddings and trained models out.
 
-    Exit codes: 0 done, 1 unexpected failure, 2 wrong usage, 3 bad input (data, model or settings),
-    130 interrupted.
+    Exit codes: 0 done, 1 unexpected failure (verify: something is damaged or missing), 2 wrong usage,
+    3 bad input (data, model or settings), 130 interrupted.
     """
     if version:
         typer.echo(scfm.__version__)
@@ -34,4 +34,6 @@ app.command("inspect")(inspect.inspect)
 app.command("convert")(convert.convert)
 app.command("tokenize")(tokenize.tokenize)
 app.command("embed")(embed.embed)
+app.command("verify")(verify.verify)
+app.command("export")(export.export)
 app.command("pretrain")(pretrain.pretrain)

@@ -225,6 +225,11 @@ def check_tree(group: h5py.Group | h5py.Dataset, *, path: str) -> None:
         if isinstance(node, h5py.Dataset):
             check_dataset(node, path=path)
             check_chunk_sizes(node, path=path)
+            if str(node.name).endswith("/codes") and node.ndim != 1:
+                # pandas would make categories of whole rows.
+                raise FormatError(
+                    f"has shape {node.shape}, expected one dimension", path=path, where=str(node.name)
+                )
             total += int(np.prod(node.shape or (), dtype=object)) * max(node.dtype.itemsize, 1)
             categories = node.attrs.get("categories")
             if isinstance(categories, h5py.Reference) and categories:

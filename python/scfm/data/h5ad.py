@@ -83,7 +83,7 @@ def _candidates(file: Hdf5File) -> list[Candidate]:
 
 def _expect_anndata(handle: h5py.File, path: str) -> None:
     with reading(path, "/"):
-        names = set(handle)
+        names = {decoded(name) for name in handle}  # h5py gives bytes where a name is no UTF-8
     if {"obs", "var"} <= names:
         return
     if {"matrix", "row_attrs", "col_attrs"} <= names:

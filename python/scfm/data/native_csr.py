@@ -23,8 +23,9 @@ from scfm.errors import FormatError, ScfmError
 
 __all__ = ["NativeCsr", "native_obstacle"]
 
-# Rows asked for but not yet handed out: enough to keep every thread busy, small beside a model.
-_BYTES_AHEAD = 128 << 20
+# Rows asked for but not yet handed out: enough to keep every thread busy, little enough to stay in the cache
+# where the blocks are small.
+_BYTES_AHEAD = 32 << 20
 _MOST_REQUESTS_AHEAD = 4  # a shuffled epoch has a stream for each of many files
 
 
@@ -91,7 +92,7 @@ class NativeCsr(CountMatrix):
                 stream.submit(rows)
                 waiting.append((rows, size))
                 ahead += size
-                while (len(waiting) > 2 and ahead > _BYTES_AHEAD) or len(waiting) > _MOST_REQUESTS_AHEAD:
+                while (len(waiting) > 1 and ahead > _BYTES_AHEAD) or len(waiting) > _MOST_REQUESTS_AHEAD:
                     first, its_size = waiting.popleft()
                     yield self._take(stream, first)
                     ahead -= its_size

@@ -150,7 +150,7 @@ def _reader_of_hdf5(path: Path) -> _Reader:
         if is_tenx(handle, file.path):
             return open_tenx_h5
         with reading(file.path, "/"):
-            names = set(handle)
+            names = {str(name) for name in handle}  # bytes where a name is no UTF-8
     if {"matrix", "row_attrs", "col_attrs"} <= names:
         return open_loom
     if {"obs", "var"} <= names:

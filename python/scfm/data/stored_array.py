@@ -6,7 +6,6 @@ a list of filters.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +51,8 @@ class StoredArray:
             return f"{self.name} has type {self.dtype}"
         if self.filters and self.chunk_values * self.dtype.itemsize > MAX_NATIVE_CHUNK_BYTES:
             return f"{self.name} has chunks of {self.chunk_values * self.dtype.itemsize:,} bytes"
+        if not all(_is_unicode(text) for text in (self.name, *self.paths)):
+            return "a name that is not UTF-8"
         missing = missing_codec(self.filters)
         return f"no library for {missing} was found" if missing else None
 
@@ -73,13 +74,23 @@ class StoredArray:
             f"{self.dtype.kind}{self.dtype.itemsize}",
             self.num_values,
             self.chunk_values,
-            [os.fsencode(path) for path in self.paths],
+            list(self.paths),
             self.file_of_chunk,
             self.offsets,
             self.sizes,
             self.filter_masks,
             list(self.filters),
         )
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether the native reader can take the text, and put it into an error; Python's names of files may be any
+    bytes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_plain_type(dtype: np.dtype[Any]) -> bool:

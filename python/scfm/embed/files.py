@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +12,9 @@ import h5py
 import numpy as np
 from anndata.io import write_elem
 
+from scfm.data.atomic_file import whole_file
 from scfm.data.h5_file import Hdf5File, locate
-from scfm.errors import FormatError, InvalidArgumentError, MissingFileError, UnsafeFileError
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` that takes its place, synced, only when the block ends well."""
-    if not path.parent.is_dir():
-        raise MissingFileError("the folder to write to does not exist", path=path.parent)
-    if path.is_dir():
-        raise InvalidArgumentError("is a folder; expected a file name", path=path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+from scfm.errors import FormatError, InvalidArgumentError, UnsafeFileError
 
 
 def write_npy(path: Path, embedding: np.ndarray, facts: dict[str, Any]) -> None:
@@ -49,14 +27,39 @@ def write_npy(path: Path, embedding: np.ndarray, facts: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def write_h5ad_copy(source: Path, path: Path, embedding: np.ndarray, key: str, facts: dict[str, Any]) -> None:
+# An embedding that is too large for memory: its shape, its dtype, and who fills the dataset.
+Filled = tuple[tuple[int, ...], np.dtype[Any], Callable[[h5py.Dataset], None]]
+
+
+def write_h5ad_copy(
+    source: Path, path: Path, embedding: np.ndarray | Filled, key: str, facts: dict[str, Any]
+) -> None:
     """A copy of ``source`` with ``obsm[key]`` and ``uns["scfm"][key]``; the source stays as it is."""
     check_h5ad_copy(source, path)
     with whole_file(path) as temporary:
         shutil.copyfile(source, temporary)
         with h5py.File(temporary, "r+") as file:
-            _write_into(_mapping(file, "obsm", source), key, embedding)
+            obsm = _mapping(file, "obsm", source)
+            if isinstance(embedding, np.ndarray):
+                _write_into(obsm, key, embedding)
+            else:
+                _fill_into(obsm, key, *embedding)
             _write_into(_mapping(_mapping(file, "uns", source), "scfm", source), key, facts)
+
+
+def _fill_into(
+    group: h5py.Group,
+    key: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    fill: Callable[[h5py.Dataset], None],
+) -> None:
+    if key in group:
+        del group[key]
+    dataset = group.create_dataset(key, shape=shape, dtype=dtype)
+    dataset.attrs["encoding-type"] = "array"
+    dataset.attrs["encoding-version"] = "0.2.0"
+    fill(dataset)
 
 
 def check_h5ad_copy(source: Path, path: Path) -> None:

@@ -8,10 +8,7 @@ hub's: model.safetensors, its sharded form, pytorch_model.bin, its sharded form.
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from scfm.data.atomic_file import whole_file
 from scfm.data.safe_pickle import load_json
 from scfm.errors import (
     CheckpointError,
@@ -192,24 +190,14 @@ def write_safetensors(
     from safetensors.torch import save_file
 
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        temporary.touch(exist_ok=False)
-        mode = temporary.stat().st_mode  # what the user's umask gives; the library would write 0600
+    with whole_file(path) as temporary:
         try:
             save_file(stored, temporary, dict(metadata or {"format": "pt"}))
         except RuntimeError as error:
             raise InvalidArgumentError(f"cannot be stored: {str(error).strip()[:300]}", path=path) from None
         except SafetensorError as error:
             raise OSError(f"{path}: writing failed: {error}") from error
-        temporary.chmod(mode)
-        _flush(temporary)
-        os.replace(temporary, path)  # noqa: PTH105 (replace must be the one atomic call)
-        _flush(path.parent)
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
 
 
 def file_sha256(path: str | Path) -> str:
@@ -221,14 +209,6 @@ def file_sha256(path: str | Path) -> str:
 def _stamp(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_size, status.st_mtime_ns
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _format_of(path: Path) -> Literal["safetensors", "torch"]:

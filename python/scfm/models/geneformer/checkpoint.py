@@ -8,15 +8,14 @@ report with the reason why not. Source: the released Geneformer-V1 and -V2 folde
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from scfm.data.atomic_file import whole_folder
 from scfm.data.safe_pickle import load_json
-from scfm.errors import CheckpointError, ConfigError, InvalidArgumentError, MissingFileError
+from scfm.errors import CheckpointError, ConfigError, MissingFileError
 from scfm.models.folder import FORMAT_VERSION
 from scfm.models.geneformer.config import GeneformerConfig
 from scfm.models.geneformer.model import Geneformer
@@ -82,23 +81,13 @@ def read_config(folder: Path) -> tuple[GeneformerConfig, str | None]:
 
 def save_geneformer(model: Geneformer, folder: Path) -> Path:
     """Write scfm's folder; it appears whole under its name, or not at all."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InvalidArgumentError("already exists and is not an empty folder", path=folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
-    try:
+    with whole_folder(folder) as partial:
         state = to_authors({name: tensor.detach() for name, tensor in model.state_dict().items()})
         write_safetensors(partial / "model.safetensors", state, {"format": "pt"})
         if model.vocab is not None:
             (partial / "vocab.json").write_text(model.vocab.to_json(), encoding="utf-8")
         config = json.dumps({**model.config.to_hf(), "scfm": _own_section(model)}, indent=2)
         (partial / "config.json").write_text(config + "\n", encoding="utf-8")
-        partial.chmod(0o755)
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

@@ -1,0 +1,35 @@
+"""Places where a run can be told to kill itself, so that tests can prove what survives.
+
+``SCFM_CRASH_AT=before_link:3`` sends SIGKILL to this process when it reaches that point for the third time.
+Without the variable a point costs one look-up.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+
+__all__ = ["CRASH_POINTS", "crash_point"]
+
+CRASH_POINTS = (
+    "after_embed",
+    "after_write",
+    "before_link",
+    "after_link",
+    "before_manifest",
+    "after_manifest",
+)
+_reached: Counter[str] = Counter()
+
+
+def crash_point(name: str) -> None:
+    """Die here, as suddenly as a power cut, if the environment says so."""
+    wanted = os.environ.get("SCFM_CRASH_AT")
+    if not wanted:
+        return
+    point, _, nth = wanted.partition(":")
+    if point == name:
+        _reached[name] += 1
+        if _reached[name] >= int(nth or 1):
+            os.kill(os.getpid(), signal.SIGKILL)
