@@ -60,6 +60,26 @@ std::shared_ptr<StoredArray> stored_array(const std::string& name, const std::st
   return std::make_shared<StoredArray>(std::move(table));
 }
 
+/// "" if the bytes decode to exactly `size` bytes, else why they do not.
+std::string check_chunk(const py::bytes& stored,
+                        const std::vector<std::pair<std::string, std::int64_t>>& filters,
+                        std::uint32_t filter_mask, std::int64_t size) {
+  if (size < 1)
+    throw py::value_error("check_chunk: size = " + std::to_string(size) + ", expected at least 1");
+  std::vector<FilterStep> steps;
+  for (const auto& [filter, element_size] : filters) {
+    if (filter == "shuffle" && element_size < 1) throw py::value_error("check_chunk: a shuffle of nothing");
+    steps.push_back({filter_of(filter), element_size});
+  }
+  const std::string_view bytes = stored;
+  const py::gil_scoped_release unlocked;
+  ChunkScratch scratch;
+  std::string reason;
+  undo_filters(steps, filter_mask, Bytes(reinterpret_cast<const std::uint8_t*>(bytes.data()), bytes.size()),
+               static_cast<std::size_t>(size), scratch, reason);
+  return reason;
+}
+
 /// A numpy array over pooled memory, which goes back to the pool with the array.
 py::array pooled_array(const py::dtype& dtype, std::int64_t size, BufferPool::Block block) {
   if (size == 0) return py::array(dtype, std::vector<py::ssize_t>{0});
@@ -132,6 +152,8 @@ void bind_stream(py::module_& module) {
              "Take a decompressor's functions from the shared library at path; False if they are not there.");
   module.def("has_codec_library", &has_codec_library, py::arg("library"),
              "Whether a decompressor's functions are in use.");
+  module.def("check_chunk", &check_chunk, py::arg("stored"), py::arg("filters"), py::arg("filter_mask"),
+             py::arg("size"), "Why a stored chunk does not decode to exactly size bytes; empty if it does.");
   py::class_<StoredArray, std::shared_ptr<StoredArray>>(
       module, "StoredArray", "Where the chunks of a one-dimensional array lie and how they are encoded.")
       .def(py::init(&stored_array), py::arg("name"), py::arg("dtype"), py::arg("num_values"),

@@ -526,7 +526,7 @@ def chunk_of_gigabytes(file: h5py.File, folder: Path) -> None:
     file["X"].create_dataset("indices", shape=(2**40,), chunks=(1024,), dtype="i4")
 
 
-@mutation("FormatError", "row 11", "entries")
+@mutation("FormatError", "X", "never written")
 def row_of_terabytes(file: h5py.File, folder: Path) -> None:
     pointers = file["X/indptr"][()].astype(np.int64)
     pointers[-1] = 2**38

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import anndata
-import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,9 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from scfm.data.csr import gather_rows
-from scfm.data.h5_file import Hdf5File
-from scfm.data.h5ad import matrix_at
 from scfm.data.read import read
 from scfm.data.source import CellSource
 from scfm.errors import BadCellError, FormatError, NotCountsError, ScfmWarning
@@ -171,34 +167,6 @@ def test_empty_cells_keep_their_place() -> None:
     counts = poisson()
     counts[[0, 7, 29]] = 0
     np.testing.assert_array_equal(dense(read(anndata.AnnData(csr(counts))), 4), counts)
-
-
-# --- sizes beyond 32 bits ---
-
-
-def test_positions_beyond_32_bits() -> None:
-    indptr = np.array([0, 2**33, 2**33 + 3, 2**33 + 3, 2**33 + 5], dtype=np.int64)
-    chosen, positions = gather_rows(indptr, np.array([3, 1], dtype=np.int64))
-    assert chosen.tolist() == [0, 2, 5]
-    assert positions.tolist() == [2**33 + 3, 2**33 + 4, 2**33, 2**33 + 1, 2**33 + 2]
-
-
-def test_row_behind_2_32_stored_values(tmp_path: Path) -> None:
-    """A file with holes: only the last row's values are stored, 16 GiB further on."""
-    path = tmp_path / "far.h5ad"
-    end = 2**32
-    with h5py.File(path, "w") as file:
-        group = file.create_group("X")
-        group.attrs["encoding-type"] = "csr_matrix"
-        group.attrs["shape"] = [3, 2**30]
-        group["indptr"] = np.array([0, 2**31, end, end + 4], dtype=np.int64)
-        for name, values in (("data", [5, 6, 7, 8]), ("indices", [0, 9, 11, 2**30 - 1])):
-            dataset = group.create_dataset(name, shape=(end + 4,), chunks=(4096,), dtype="i4")
-            dataset[end:] = values
-    matrix = matrix_at(Hdf5File(path), "X", label="X", num_cells=3, num_genes=2**30)
-    parts = matrix.read(np.array([2], dtype=np.int64))
-    assert parts.data.tolist() == [5, 6, 7, 8]
-    assert parts.indices.tolist() == [0, 9, 11, 2**30 - 1]
 
 
 # --- in memory, malformed ---

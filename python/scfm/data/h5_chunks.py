@@ -14,13 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scfm.data.h5_file import reading
+from scfm.data.h5_filters import filters_of
 from scfm.data.stored_array import StoredArray, is_plain_type
 from scfm.errors import FormatError
 
 __all__ = ["chunk_table"]
-
-_DEFLATE, _SHUFFLE, _FLETCHER32, _LZF, _BLOSC, _ZSTD = 1, 2, 3, 32000, 32001, 32015
-_FILTERS = {_DEFLATE: "zlib", _FLETCHER32: "fletcher32", _LZF: "lzf", _BLOSC: "blosc", _ZSTD: "zstd"}
 
 
 def chunk_table(dataset: h5py.Dataset, *, path: str) -> StoredArray | str:
@@ -44,7 +42,7 @@ def chunk_table(dataset: h5py.Dataset, *, path: str) -> StoredArray | str:
             chunk = int(dataset.chunks[0])
             _expect_all(dataset.id.get_num_chunks(), -(-num_values // chunk), where, path)
             offsets, sizes, masks = _chunks(dataset, num_values, chunk)
-            found = _filters(properties)
+            found = filters_of(properties)
             if isinstance(found, str):
                 return found
             filters = found
@@ -82,19 +80,6 @@ def _chunks(
 
     dataset.id.chunk_iter(note)
     return offsets, sizes, masks
-
-
-def _filters(properties: Any) -> tuple[tuple[str, int], ...] | str:
-    filters = []
-    for number in range(properties.get_nfilters()):
-        code, _, values, label = properties.get_filter(number)
-        if code == _SHUFFLE and values and values[0] > 0:
-            filters.append(("shuffle", int(values[0])))
-        elif code in _FILTERS:
-            filters.append((_FILTERS[code], 0))
-        else:
-            return f"filter {code} ({bytes(label).decode(errors='replace')})"
-    return tuple(filters)
 
 
 def _expect_all(num_stored: int, num_chunks: int, where: str, path: str) -> None:

@@ -23,7 +23,7 @@ import h5py
 import numpy as np
 
 from scfm.data.available_memory import require_memory
-from scfm.data.h5_chunk_sizes import check_chunk_sizes
+from scfm.data.h5_filters import check_chunk_sizes
 from scfm.errors import (
     FormatError,
     IntegrityError,

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from scfm.data.available_memory import require_memory
 from scfm.data.csr import check_indptr, gather_rows
-from scfm.data.h5_chunk_sizes import check_chunk_sizes
 from scfm.data.h5_chunks import chunk_table
 from scfm.data.h5_file import Hdf5File, check_dataset, locate, read_whole, reading
+from scfm.data.h5_filters import check_chunk_sizes
 from scfm.data.matrix import DENSE_PIECE_BYTES, CountMatrix, CscInMemory, CsrParts, dense_to_csr
 from scfm.data.native_csr import NativeCsr, native_obstacle
 from scfm.data.number_types import Array, check_value_type, plain_indices, plain_values

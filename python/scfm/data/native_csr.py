@@ -1,9 +1,8 @@
 """A CSR matrix in files, read by the native reader: threads that read, inflate, place and check rows.
 
 Requests are handed over some way ahead of the consumer, as far as a fixed amount of memory allows, so reading
-and whatever is done with the rows overlap. Where the native reader meets something that it cannot word exactly
-(a damaged chunk, a column out of range), the rows are read once more by the plain reader, whose errors name
-the row; what that reader can make sense of is taken from it.
+and whatever is done with the rows overlap. Where a column index does not even fit the native reader's type, the
+rows are read once more by the plain reader, whose errors name the row and the index as it stands in the file.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from scfm.data.available_memory import require_memory
 from scfm.data.matrix import CountMatrix, CsrParts
 from scfm.data.stored_array import StoredArray
-from scfm.errors import FormatError, ScfmError
+from scfm.errors import FormatError
 
 __all__ = ["NativeCsr", "native_obstacle"]
 
@@ -120,25 +119,19 @@ class NativeCsr(CountMatrix):
             indptr, indices, data, facts, columns_in_range = stream.take()
         except _native.ChunkError as error:
             self._check_unchanged()
-            return self._by_other_means(rows, _chunk_failure(error.args))
+            # The plain readers are no second opinion: HDF5 takes chunks that decode short, and fills them up
+            # with whatever lay in memory.
+            raise _chunk_failure(error.args) from error
         self._check_unchanged()
         if not columns_in_range:
             return self._fallback.read(rows)
         return CsrParts(indptr, indices, data, facts)
 
-    def _by_other_means(self, rows: NDArray[np.int64], failure: FormatError) -> CsrParts:
-        """The same rows from the plain reader; if that fails too, the native reader's error says more."""
-        try:
-            return self._fallback.read(rows)
-        except ScfmError as error:
-            raise failure from error
-
 
 def _chunk_failure(facts: tuple[Any, ...]) -> FormatError:
     reason, array, chunk, path, offset, size = facts
     if offset < 0:
-        # Plain readers would take such a chunk for zeros.
-        raise FormatError(
+        return FormatError(
             f"chunk {chunk} was never written",
             path=path,
             where=f"{array}, chunk {chunk}",
