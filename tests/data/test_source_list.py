@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -236,3 +238,24 @@ def test_files_are_read_alike(tmp_path) -> None:
     assert counts_by_cell(source.select(chosen), 7) == [expected[i] for i in chosen]
     assert [len(part) for part in source.parts] == [11, 6, 9]
     assert "0.h5ad" in source.name and source.counts_from == "X" and not source.dense
+
+
+def test_messages_name_the_row_and_the_file(tmp_path: Path) -> None:
+    paths = []
+    for number in range(2):
+        path = tmp_path / f"{number}.h5ad"
+        ad.AnnData(sp.csr_matrix(np.ones((4, 3), dtype=np.float32))).write_h5ad(path)
+        paths.append(str(path))
+    source = scfm.read(paths).select([7, 0, 5])
+    assert source.row_labels(np.array([0, 1, 2])) == [
+        f"3 of {paths[1]}",
+        f"0 of {paths[0]}",
+        f"1 of {paths[1]}",
+    ]
+    assert scfm.read(paths[0]).select([2, 1]).row_labels(np.array([1])) == ["1"]
+
+
+@pytest.mark.parametrize(("values", "cells"), [(1, 16_384), (1_000, 2_097), (100_000, 256)])
+def test_comfortable_blocks_hold_about_as_many_values(values: int, cells: int) -> None:
+    matrix = sp.csr_matrix(np.ones((2, values), dtype=np.float32))
+    assert scfm.read(ad.AnnData(matrix)).comfortable_block_size == cells

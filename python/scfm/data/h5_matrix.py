@@ -117,6 +117,7 @@ class CsrInHdf5(_Hdf5Matrix):
             name=self.name,
             dataset=dataset,
         )
+        self.mean_values = num_values / max(num_cells, 1)
         self._native: NativeCsr | None = None
         if isinstance(tables, str):
             self.reader = f"h5py ({tables})"

@@ -54,12 +54,13 @@ class CountMatrix(ABC):
     """Cells x genes. ``name`` is the file or "AnnData", ``dataset`` the place in it, for messages.
 
     dense: stored dense; cheap_rows: reading a few rows does not read the whole matrix; reader: by what means
-    the values are read, for reports.
+    the values are read, for reports; mean_values: stored values a cell, where that is known.
     """
 
     dense = False
     cheap_rows = True
     reader = "memory"
+    mean_values: float | None = None
 
     def __init__(self, *, name: str, dataset: str, num_cells: int, num_genes: int) -> None:
         self.name = name
@@ -120,6 +121,7 @@ class CsrInMemory(CountMatrix):
         )
         self._indices = indices
         self._data = data
+        self.mean_values = used / max(num_cells, 1)
 
     def read(self, rows: NDArray[np.int64]) -> CsrParts:
         if _contiguous(rows):

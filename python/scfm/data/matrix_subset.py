@@ -28,6 +28,7 @@ class ChosenRows(CountMatrix):
             name=matrix.name, dataset=matrix.dataset, num_cells=len(rows), num_genes=matrix.num_genes
         )
         self.dense, self.cheap_rows, self.reader = matrix.dense, matrix.cheap_rows, matrix.reader
+        self.mean_values = matrix.mean_values
         self._matrix = matrix
         self._rows = rows
 
@@ -49,6 +50,7 @@ class ChosenColumns(CountMatrix):
             name=matrix.name, dataset=matrix.dataset, num_cells=matrix.num_cells, num_genes=len(columns)
         )
         self.dense, self.cheap_rows, self.reader = matrix.dense, matrix.cheap_rows, matrix.reader
+        self.mean_values = matrix.mean_values
         self._matrix = matrix
         self._new_column = np.full(matrix.num_genes, -1, dtype=np.int32)
         self._new_column[columns] = np.arange(len(columns), dtype=np.int32)

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CellSource"]
 
+_COMFORTABLE_VALUES = 1 << 21
+
 RowSelection = slice | range | Sequence[int] | Sequence[bool] | NDArray[Any]
 
 
@@ -138,6 +140,16 @@ class CellSource:
                 where=f"obs[{name!r}]",
             )
         return column if self._rows is None else column.iloc[self._rows].reset_index(drop=True)
+
+    @property
+    def comfortable_block_size(self) -> int:
+        """Cells a block of some two million values: it stays near the processor, and keeps all threads busy."""
+        mean = self._matrix.mean_values
+        return 4096 if mean is None else int(np.clip(_COMFORTABLE_VALUES / max(mean, 1.0), 256, 16_384))
+
+    def row_labels(self, cells: NDArray[np.int64]) -> list[str]:
+        """How messages name these of the source's cells: by their rows in the file."""
+        return [str(row) for row in (cells if self._rows is None else self._rows[cells])]
 
     def blocks(self, block_size: int = 4096, *, empty_bad_cells: bool = False) -> Iterator[CsrBlock]:
         """Checked blocks of at most ``block_size`` cells, in order, raw counts.

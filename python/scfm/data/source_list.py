@@ -94,6 +94,19 @@ class SourceList(CellSource):
         return self._in_order(np.concatenate([part.rows for part in self._parts]))
 
     @property
+    def comfortable_block_size(self) -> int:
+        return min(part.comfortable_block_size for part in self._parts)
+
+    def row_labels(self, cells: NDArray[np.int64]) -> list[str]:
+        """Row and file of each cell."""
+        joined = cells if self._order is None else self._order[cells]
+        part_of = np.searchsorted(self._ends, joined, side="right")
+        labels = []
+        for part, cell in zip(part_of.tolist(), joined - self._firsts[part_of], strict=True):
+            labels.append(f"{self._parts[part].row_labels(np.array([cell]))[0]} of {self._parts[part].name}")
+        return labels
+
+    @property
     def num_genes(self) -> int:
         return len(self.genes)
 

@@ -125,6 +125,7 @@ class CsrInZarr(_ZarrMatrix):
         layout = self._arrays.data
         self._chunk = (layout.inner or layout.chunks)[0]
         self._shards_checked = False
+        self.mean_values = self._arrays.num_values / max(num_cells, 1)
         self._native: NativeCsr | None = None
         tables = self._chunk_tables()
         if isinstance(tables, str):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 BadCellPolicy = Literal["error", "nan", "nan-row", "skip"]
 Progress = Callable[[int, int, int], None]
+Labels = Callable[[np.ndarray], list[str]]
 
 _BATCHES_IN_HAND = 16
 
@@ -111,16 +112,16 @@ def embed_source(
     """
     model.check_embedding(layer, pooling)
     if isinstance(data, PackedCells):
-        num_cells, name, rows = data.num_cells, "PackedCells", None
+        num_cells, name, label = data.num_cells, "PackedCells", _positions
         stream = iter([_renumbered(data)])
     else:
-        num_cells, name, rows = len(data), data.name, data.rows
+        num_cells, name, label = len(data), data.name, data.row_labels
         # obs["filter_pass"] thins what the authors tokenize for training; here every cell gets its row.
         stream = model.tokenizer.packs(
             data, species=species, use_filter_pass=False, empty_bad_cells=not stop_at_bad_cell
         )
     if stop_at_bad_cell:
-        stream = _complete(stream, name, rows)
+        stream = _complete(stream, name, label)
     out = np.full((num_cells, model.config.hidden_size), np.nan, dtype=np.float32)
     embedded = np.zeros(num_cells, dtype=bool)
     not_finite: list[int] = []
@@ -128,7 +129,7 @@ def embed_source(
     for gathered in _gathered(stream, token_budget.tokens * _BATCHES_IN_HAND):
         # A cell without tokens has no first token to read; it stays NaN and follows the caller's policy.
         pack = gathered.select(gathered.lengths > 0)
-        for batch, values in _embedded(model, pack, layer, pooling, token_budget, name, rows):
+        for batch, values in _embedded(model, pack, layer, pooling, token_budget, name, label):
             cells = batch.cell_ids.numpy()
             out[cells] = values
             embedded[cells] = True
@@ -136,7 +137,7 @@ def embed_source(
                 genes, wrong = _split_not_finite(model, batch, values)
                 embedded[genes] = False
                 if wrong.size and not keep_not_finite:
-                    raise _not_finite(wrong, name, rows)
+                    raise _not_finite(wrong, name, label)
                 not_finite += wrong.tolist()
             done, tokens = done + batch.num_cells, tokens + batch.num_tokens
             if progress is not None:
@@ -145,7 +146,7 @@ def embed_source(
         progress(num_cells, num_cells, tokens)
     without = np.flatnonzero(~embedded)
     if stop_at_bad_cell and without.size:
-        raise _no_known_gene(without, name, rows)
+        raise _no_known_gene(without, name, label)
     return EmbeddedCells(out, without, np.array(sorted(not_finite), dtype=np.int64), tokens)
 
 
@@ -156,7 +157,7 @@ def _embedded(
     pooling: str,
     budget: TokenBudget,
     name: str,
-    rows: np.ndarray | None,
+    label: Labels,
 ) -> Iterator[tuple[PackedCells, np.ndarray]]:
     """Batches within the budget, longest cells first, each with its embeddings; smaller ones after a failure."""
     order = torch.argsort(pack.lengths, descending=True, stable=True)
@@ -168,7 +169,7 @@ def _embedded(
         values = _try(model, batch, layer, pooling)
         if values is None:
             if batch.num_cells == 1:
-                raise _too_long(batch, name, rows)
+                raise _too_long(batch, name, label)
             budget.halve(batch.num_tokens)
             continue
         budget.succeeded()
@@ -210,7 +211,7 @@ def _renumbered(packed: PackedCells) -> PackedCells:
     )
 
 
-def _complete(stream: Iterator[PackedCells], name: str, rows: np.ndarray | None) -> Iterator[PackedCells]:
+def _complete(stream: Iterator[PackedCells], name: str, label: Labels) -> Iterator[PackedCells]:
     """The stream, as long as no cell is missing from it: an error at once, not after the whole atlas."""
     expected = 0
     for pack in stream:
@@ -218,7 +219,7 @@ def _complete(stream: Iterator[PackedCells], name: str, rows: np.ndarray | None)
         bad = np.setdiff1d(np.arange(expected, int(cells.max(initial=expected - 1)) + 1), cells)
         bad = np.union1d(bad, cells[pack.lengths.numpy() == 0])
         if bad.size:
-            raise _no_known_gene(bad, name, rows)
+            raise _no_known_gene(bad, name, label)
         expected += len(cells)
         yield pack
 
@@ -236,32 +237,35 @@ def _gathered(stream: Iterator[PackedCells], enough: int) -> Iterator[PackedCell
         yield concatenate(waiting)
 
 
-def _named(cells: np.ndarray, rows: np.ndarray | None) -> str:
-    """The first few of these cells by their rows in the file."""
-    shown = cells[:5] if rows is None else rows[cells[:5]]
-    return f"{', '.join(map(str, shown))}{' ...' if cells.size > 5 else ''}"
+def _positions(cells: np.ndarray) -> list[str]:
+    return [str(cell) for cell in cells]
 
 
-def _no_known_gene(cells: np.ndarray, name: str, rows: np.ndarray | None) -> BadCellError:
+def _named(cells: np.ndarray, label: Labels) -> str:
+    """The first few of these cells, as a user would look for them."""
+    return f"{', '.join(label(cells[:5]))}{' ...' if cells.size > 5 else ''}"
+
+
+def _no_known_gene(cells: np.ndarray, name: str, label: Labels) -> BadCellError:
     return BadCellError(
-        f"{cells.size} cells so far have no gene that the model knows: rows {_named(cells, rows)}",
+        f"{cells.size} cells so far have no gene that the model knows: rows {_named(cells, label)}",
         path=name,
         hint='Pass on_bad_cell="nan" for rows of NaN, or on_bad_cell="skip" to leave them out.',
     )
 
 
-def _not_finite(cells: np.ndarray, name: str, rows: np.ndarray | None) -> BadCellError:
+def _not_finite(cells: np.ndarray, name: str, label: Labels) -> BadCellError:
     return BadCellError(
-        f"{cells.size} cells with good counts got NaN or infinity in their embedding: rows {_named(cells, rows)}",
+        f"{cells.size} cells with good counts got NaN or infinity in their embedding: rows {_named(cells, label)}",
         path=name,
         hint='Compute in float32 (dtype="float32"); if that does not help, the weights are damaged.',
     )
 
 
-def _too_long(batch: PackedCells, name: str, rows: np.ndarray | None) -> ResourceError:
+def _too_long(batch: PackedCells, name: str, label: Labels) -> ResourceError:
     return ResourceError(
         f"one cell of {batch.num_tokens:,} tokens does not fit in memory: row "
-        f"{_named(batch.cell_ids.numpy(), rows)}",
+        f"{_named(batch.cell_ids.numpy(), label)}",
         path=name,
         hint="Use a machine or GPU with more memory, or a model that takes fewer tokens.",
     )

@@ -136,13 +136,14 @@ class GeneformerTokenizer:
         species: str | None = None,
         use_filter_pass: bool = True,
         empty_bad_cells: bool = False,
-        block_size: int = 4096,
+        block_size: int | None = None,
     ) -> Iterator[PackedCells]:
         """The source's cells, block by block, in constant memory; ``report`` grows as blocks pass.
 
         A list's cells come in its order, each by the genes of its own part. empty_bad_cells: cells with
         impossible counts are left out with a warning instead of an error.
         """
+        block_size = source.comfortable_block_size if block_size is None else block_size
         windows = source.windows(block_size, empty_bad_cells=empty_bad_cells)
         for _, packed in self._packs(source, windows, species, use_filter_pass):
             yield packed
