@@ -47,6 +47,22 @@ BufferPool::~BufferPool() {
   for (const Idle& block : idle_) std::free(block.memory);
 }
 
+BufferPool::Reader::Reader(std::shared_ptr<BufferPool> pool) : pool_(std::move(pool)) {
+  const std::lock_guard lock(pool_->mutex_);
+  ++pool_->num_readers_;
+}
+
+BufferPool::Reader::~Reader() {
+  std::vector<Idle> unused;
+  {
+    const std::lock_guard lock(pool_->mutex_);
+    if (--pool_->num_readers_ > 0) return;
+    unused.swap(pool_->idle_);
+    pool_->idle_bytes_ = 0;
+  }
+  for (const Idle& block : unused) std::free(block.memory);
+}
+
 BufferPool::Block BufferPool::take(std::size_t size) {
   Block block;
   block.pool = shared_from_this();
@@ -74,7 +90,7 @@ BufferPool::Block BufferPool::take(std::size_t size) {
 void BufferPool::give_back(void* memory, std::size_t capacity) noexcept {
   {
     const std::lock_guard lock(mutex_);
-    if (idle_bytes_ + capacity <= most_idle_) {
+    if (num_readers_ > 0 && idle_bytes_ + capacity <= most_idle_) {
       try {
         idle_.push_back({memory, capacity});
         idle_bytes_ += capacity;

@@ -26,9 +26,22 @@ class BufferPool : public std::enable_shared_from_this<BufferPool> {
     ~Block();
   };
 
-  /// At most `most_idle` bytes wait unused.
+  /// At most `most_idle` bytes wait unused, and only while someone reads.
   explicit BufferPool(std::size_t most_idle) : most_idle_(most_idle) {}
   ~BufferPool();
+
+  /// Held while blocks are asked for: with the last of them, what waits unused is freed.
+  class Reader {
+   public:
+    explicit Reader(std::shared_ptr<BufferPool> pool);
+    ~Reader();
+    Reader(const Reader&) = delete;
+    Reader& operator=(const Reader&) = delete;
+    BufferPool& pool() const noexcept { return *pool_; }
+
+   private:
+    std::shared_ptr<BufferPool> pool_;
+  };
 
   /// At least `size` bytes, aligned to a cache line, not initialised. Throws std::bad_alloc.
   Block take(std::size_t size);
@@ -44,6 +57,7 @@ class BufferPool : public std::enable_shared_from_this<BufferPool> {
   std::mutex mutex_;
   std::vector<Idle> idle_;
   std::size_t idle_bytes_ = 0;
+  int num_readers_ = 0;
 };
 
 }  // namespace scfm

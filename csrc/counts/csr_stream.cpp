@@ -21,9 +21,9 @@ constexpr int kColumns = 0;
 constexpr int kData = 1;
 // Plain arrays are read in pieces that fit the second-level cache, so that checking finds them there.
 constexpr std::int64_t kPlainPiece = 1 << 16;
-constexpr std::size_t kMostIdleBytes = std::size_t{96} << 20;
+constexpr std::size_t kMostIdleBytes = std::size_t{256} << 20;
 
-/// One for the process: a run over many files, or many epochs, keeps to the same pages.
+/// One for the process: the streams of many files at once keep to the same pages.
 std::shared_ptr<BufferPool> shared_pool() {
   static const auto pool = std::make_shared<BufferPool>(kMostIdleBytes);
   return pool;
@@ -151,9 +151,9 @@ void CsrStream::submit(std::span<const std::int64_t> rows) {
     }
   }
   request->rows.indptr = std::move(plan.indptr);
-  request->rows.columns = pool_->take(num_values * sizeof(std::int32_t));
+  request->rows.columns = pool_.pool().take(num_values * sizeof(std::int32_t));
   request->rows.data =
-      pool_->take(num_values * static_cast<std::size_t>(item_size(arrays_[kData]->table().type)));
+      pool_.pool().take(num_values * static_cast<std::size_t>(item_size(arrays_[kData]->table().type)));
   request->rows.sound = options_.validate;
   request->num_left = request->tasks.size();
   request->ready = request->tasks.empty();

@@ -75,7 +75,7 @@ class CsrStream {
   std::shared_ptr<const StoredArray> arrays_[2];  // columns, data
   std::span<const std::int64_t> indptr_;
   CsrStreamOptions options_;
-  std::shared_ptr<BufferPool> pool_;
+  BufferPool::Reader pool_;
   std::int64_t owner_process_;
 
   mutable std::mutex mutex_;
