@@ -21,7 +21,7 @@ import torch
 
 from scfm import _native
 from scfm.data.csr import CsrBlock
-from scfm.data.gene_mapping import map_genes
+from scfm.data.gene_mapping import GeneMapping, map_genes
 from scfm.data.packed import PackedCells, concatenate
 from scfm.data.read import read
 from scfm.data.source import CellSource
@@ -29,6 +29,7 @@ from scfm.data.windows import Piece, Window
 from scfm.errors import BadCellError, ConfigError, InvalidArgumentError, ScfmWarning
 from scfm.tokenize.dictionaries import GeneformerDictionaries
 from scfm.tokenize.gene_plan import GenePlan, plan_genes
+from scfm.tokenize.planned_genes import PlannedGenes
 from scfm.tokenize.report import TokenizeReport, total_of
 
 MAX_TOKENS = {"V1": 2048, "V2": 4096}
@@ -101,6 +102,7 @@ class GeneformerTokenizer:
         self.report: TokenizeReport | None = None
         self._prefix = vocab.token.get("<cls>", _NO_TOKEN) if vocab.version == "V2" else _NO_TOKEN
         self._suffix = vocab.token.get("<eos>", _NO_TOKEN) if vocab.version == "V2" else _NO_TOKEN
+        self._planned = PlannedGenes(self._map_and_plan)
         self._gene_vocabulary = [gene for gene in vocab.token if not gene.startswith("<")]
         specials = (self._prefix >= 0) + (self._suffix >= 0)
         if self.max_tokens <= specials:
@@ -216,19 +218,22 @@ class GeneformerTokenizer:
     def _plan_part(
         self, source: CellSource, species: str
     ) -> tuple[GenePlan, np.ndarray | None, TokenizeReport]:
+        mapping, plan = self._planned.of(source.genes, species)
+        library_size, origin = library_size_of(source)
+        report = TokenizeReport(source.name, source.counts_from, origin, mapping.coverage())
+        report.notes += [*mapping.notes, *_plan_notes(plan)]
+        return plan, library_size, report
+
+    def _map_and_plan(self, genes: pd.DataFrame, species: str) -> tuple[GeneMapping, GenePlan]:
         mapping = map_genes(
-            source.genes,
+            genes,
             known=self.vocab.mapping,
             vocabulary=self._gene_vocabulary,
             symbols=self.vocab.names,
             species=species,
             rules=self.options.gene_rules,
         )
-        plan = plan_genes(mapping, self.vocab, sum_duplicates=self.options.duplicate_genes == "sum")
-        library_size, origin = library_size_of(source)
-        report = TokenizeReport(source.name, source.counts_from, origin, mapping.coverage())
-        report.notes += [*mapping.notes, *_plan_notes(plan)]
-        return plan, library_size, report
+        return mapping, plan_genes(mapping, self.vocab, sum_duplicates=self.options.duplicate_genes == "sum")
 
     def _tokenize(self, window: Window, parts: dict[int, _Part]) -> PackedCells:
         """The window's cells in its order, without those that have no token or are filtered out."""
