@@ -125,11 +125,13 @@ def embed(
 def _set_threads(threads: int) -> None:
     import torch
 
+    from scfm import _native
     from scfm.errors import InvalidArgumentError
 
-    if threads < 1:
-        raise InvalidArgumentError(f"{threads}; expected at least 1", where="--threads")
+    if not 1 <= threads <= 1024:
+        raise InvalidArgumentError(f"{threads}; expected 1 to 1,024", where="--threads")
     torch.set_num_threads(threads)
+    _native.set_num_threads(threads)
 
 
 def _into_folder(
