@@ -206,6 +206,7 @@ class ShardWorker:
             "seconds": round(seconds, 3),
             "notes": notes,
             "provenance": {
+                "reader": self._source(shard.file).reader,
                 "model": self.model.source or "in memory",
                 "device": str(self.model.device),
                 "threads": torch.get_num_threads(),
