@@ -94,28 +94,28 @@ class Stream {
          py::object indptr, std::int64_t num_genes, int threads, bool validate)
       : indptr_(std::move(indptr)),
         data_type_(data->table().type),
-        stream_(std::make_unique<CsrStream>(
-            data, indices, array_of<std::int64_t>(indptr_, "CsrStream", "indptr"),
-            CsrStreamOptions{num_genes, threads > 0 ? threads : num_threads(), validate})) {}
+        stream_(
+            CsrStream::open(data, indices, array_of<std::int64_t>(indptr_, "CsrStream", "indptr"),
+                            CsrStreamOptions{num_genes, threads > 0 ? threads : num_threads(), validate})) {}
 
   void submit(const py::object& rows) {
     const auto wanted = array_of<std::int64_t>(rows, "CsrStream.submit", "rows");
-    CsrStream& stream = open_stream();
+    const std::shared_ptr<CsrStream> stream = open_stream();
     const py::gil_scoped_release unlocked;
-    stream.submit(wanted);
+    stream->submit(wanted);
   }
 
   /// Waits without the lock, but looks for Ctrl-C twenty times a second.
   py::tuple take() {
-    CsrStream& stream = open_stream();
+    const std::shared_ptr<CsrStream> stream = open_stream();
     for (bool done = false; !done;) {
       {
         const py::gil_scoped_release unlocked;
-        done = stream.wait(std::chrono::milliseconds(50));
+        done = stream->wait(std::chrono::milliseconds(50));
       }
       if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     }
-    CsrRows rows = stream.take();
+    CsrRows rows = stream->take();
     const std::int64_t size = rows.indptr.back();
     py::object facts = py::none();
     if (rows.sound) facts = py::cast(rows.facts);
@@ -124,23 +124,24 @@ class Stream {
     return py::make_tuple(to_array(std::move(rows.indptr)), columns, data, facts, rows.columns_in_range);
   }
 
-  std::int64_t num_waiting() { return open_stream().num_waiting(); }
+  std::int64_t num_waiting() { return open_stream()->num_waiting(); }
 
   void close() {
-    std::unique_ptr<CsrStream> stream = std::move(stream_);
+    std::shared_ptr<CsrStream> stream = std::move(stream_);
     const py::gil_scoped_release unlocked;
     stream.reset();
   }
 
  private:
-  CsrStream& open_stream() {
+  /// Shared, so that another thread's close cannot end it under a call.
+  std::shared_ptr<CsrStream> open_stream() const {
     if (!stream_) throw py::value_error("CsrStream: it is closed");
-    return *stream_;
+    return stream_;
   }
 
   py::object indptr_;
   DataType data_type_;
-  std::unique_ptr<CsrStream> stream_;
+  std::shared_ptr<CsrStream> stream_;
 };
 
 py::object chunk_error;  // the exception's class; lives as long as the module

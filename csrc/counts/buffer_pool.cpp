@@ -1,5 +1,7 @@
 #include "counts/buffer_pool.hpp"
 
+#include <unistd.h>
+
 #include <cstdlib>
 #include <new>
 #include <utility>
@@ -43,6 +45,10 @@ BufferPool::Block::~Block() {
   if (memory != nullptr) pool->give_back(memory, capacity);
 }
 
+BufferPool::BufferPool(std::size_t most_idle) : most_idle_(most_idle), owner_process_(getpid()) {}
+
+bool BufferPool::is_foreign() const noexcept { return owner_process_ != getpid(); }
+
 BufferPool::~BufferPool() {
   for (const Idle& block : idle_) std::free(block.memory);
 }
@@ -53,6 +59,7 @@ BufferPool::Reader::Reader(std::shared_ptr<BufferPool> pool) : pool_(std::move(p
 }
 
 BufferPool::Reader::~Reader() {
+  if (pool_->is_foreign()) return;
   std::vector<Idle> unused;
   {
     const std::lock_guard lock(pool_->mutex_);
@@ -88,7 +95,7 @@ BufferPool::Block BufferPool::take(std::size_t size) {
 }
 
 void BufferPool::give_back(void* memory, std::size_t capacity) noexcept {
-  {
+  if (!is_foreign()) {
     const std::lock_guard lock(mutex_);
     if (num_readers_ > 0 && idle_bytes_ + capacity <= most_idle_) {
       try {

@@ -27,7 +27,7 @@ class BufferPool : public std::enable_shared_from_this<BufferPool> {
   };
 
   /// At most `most_idle` bytes wait unused, and only while someone reads.
-  explicit BufferPool(std::size_t most_idle) : most_idle_(most_idle) {}
+  explicit BufferPool(std::size_t most_idle);
   ~BufferPool();
 
   /// Held while blocks are asked for: with the last of them, what waits unused is freed.
@@ -43,6 +43,9 @@ class BufferPool : public std::enable_shared_from_this<BufferPool> {
     std::shared_ptr<BufferPool> pool_;
   };
 
+  /// Whether it was made by another process, from which this one was forked: its lock must not be touched.
+  bool is_foreign() const noexcept;
+
   /// At least `size` bytes, aligned to a cache line, not initialised. Throws std::bad_alloc.
   Block take(std::size_t size);
 
@@ -54,6 +57,7 @@ class BufferPool : public std::enable_shared_from_this<BufferPool> {
   void give_back(void* memory, std::size_t capacity) noexcept;
 
   std::size_t most_idle_;
+  std::int64_t owner_process_;
   std::mutex mutex_;
   std::vector<Idle> idle_;
   std::size_t idle_bytes_ = 0;

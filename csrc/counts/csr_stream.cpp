@@ -25,7 +25,14 @@ constexpr std::size_t kMostIdleBytes = std::size_t{256} << 20;
 
 /// One for the process: the streams of many files at once keep to the same pages.
 std::shared_ptr<BufferPool> shared_pool() {
-  static const auto pool = std::make_shared<BufferPool>(kMostIdleBytes);
+  static std::mutex mutex;
+  static std::shared_ptr<BufferPool> pool;
+  static const int registered =
+      pthread_atfork([] { mutex.lock(); }, [] { mutex.unlock(); }, [] { mutex.unlock(); });
+  static_cast<void>(registered);
+  const std::lock_guard lock(mutex);
+  // A forked child starts a pool of its own; the parent's lives on with the arrays it has given out.
+  if (!pool || pool->is_foreign()) pool = std::make_shared<BufferPool>(kMostIdleBytes);
   return pool;
 }
 
@@ -105,6 +112,7 @@ CsrStream::CsrStream(std::shared_ptr<const StoredArray> data, std::shared_ptr<co
     throw InvalidArgument("CsrStream: num_threads = " + std::to_string(options_.num_threads) +
                           ", expected 1 to 1024");
   }
+  threads_.reserve(static_cast<std::size_t>(options_.num_threads));  // growing later could fail half way
   for (int i = 0; i < options_.num_threads; ++i) {
     try {
       threads_.emplace_back(&CsrStream::serve, this);
@@ -115,12 +123,18 @@ CsrStream::CsrStream(std::shared_ptr<const StoredArray> data, std::shared_ptr<co
   }
 }
 
+std::shared_ptr<CsrStream> CsrStream::open(std::shared_ptr<const StoredArray> data,
+                                           std::shared_ptr<const StoredArray> columns,
+                                           std::span<const std::int64_t> indptr, CsrStreamOptions options) {
+  auto* stream = new CsrStream(std::move(data), std::move(columns), indptr, options);
+  // In a forked child the threads do not exist, and the locks are as they happened to be: neither can be
+  // joined or destroyed, so there all of it is left alone.
+  return {stream, [](CsrStream* dropped) {
+            if (dropped->owner_process_ == getpid()) delete dropped;
+          }};
+}
+
 CsrStream::~CsrStream() {
-  if (owner_process_ != getpid()) {
-    // A forked child has no such threads: nothing to wait for, and nothing that could be joined.
-    for (std::thread& thread : threads_) thread.detach();
-    return;
-  }
   {
     const std::lock_guard lock(mutex_);
     stop_ = true;

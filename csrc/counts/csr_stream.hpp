@@ -45,8 +45,9 @@ struct CsrRows {
 class CsrStream {
  public:
   /// indptr must outlive the stream; it is read at each submit and not trusted.
-  CsrStream(std::shared_ptr<const StoredArray> data, std::shared_ptr<const StoredArray> columns,
-            std::span<const std::int64_t> indptr, CsrStreamOptions options);
+  static std::shared_ptr<CsrStream> open(std::shared_ptr<const StoredArray> data,
+                                         std::shared_ptr<const StoredArray> columns,
+                                         std::span<const std::int64_t> indptr, CsrStreamOptions options);
   ~CsrStream();
   CsrStream(const CsrStream&) = delete;
   CsrStream& operator=(const CsrStream&) = delete;
@@ -64,6 +65,9 @@ class CsrStream {
   CsrRows take();
 
  private:
+  CsrStream(std::shared_ptr<const StoredArray> data, std::shared_ptr<const StoredArray> columns,
+            std::span<const std::int64_t> indptr, CsrStreamOptions options);
+
   struct Request;
   struct Task;
   struct Scratch;

@@ -14,6 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from anndata import AnnData
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
@@ -270,3 +271,24 @@ def test_rows_out_of_order_are_sorted_by_both(tmp_path: Path) -> None:
     path = tmp_path / "ragged.h5ad"
     write(path, ragged, data_type="f4", index_type="i4", chunk=31, filters="gzip")
     assert_alike(path, matrix, None, 6)
+
+
+@pytest.mark.parametrize("name", ["data", "indices"])
+def test_numbers_in_some_of_their_bits_are_left_to_hdf5(name: str, tmp_path: Path) -> None:
+    """HDF5 may keep a number in 12 of 16 bits, shifted by 4: its bytes are not the number."""
+    path = tmp_path / "bits.h5ad"
+    AnnData(sparse.csr_matrix(np.arange(12, dtype=np.int32).reshape(3, 4))).write_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        values = file["X"][name][:]
+        del file["X"][name]
+        kept = h5py.h5t.STD_U16LE.copy()
+        kept.set_precision(12)
+        kept.set_offset(4)
+        space = h5py.h5s.create_simple(values.shape)
+        stored = h5py.h5d.create(file["X"].id, name.encode(), kept, space)
+        stored.write(h5py.h5s.ALL, h5py.h5s.ALL, values.astype(np.uint16))
+    source = read(path)
+    assert source.reader.startswith("h5py")
+    (block,) = source.blocks()
+    dense = sparse.csr_matrix((block.data, block.indices, block.indptr), shape=(3, 4)).toarray()
+    assert (dense == np.arange(12).reshape(3, 4)).all()

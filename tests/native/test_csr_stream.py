@@ -404,6 +404,8 @@ def test_fork_leaves_both_sides_sound(tmp_path: Path) -> None:
         try:
             stream.take()
         except ValueError:
+            stream.close()
+            del stream
             status = 0
         finally:
             os._exit(status)

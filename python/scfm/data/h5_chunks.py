@@ -47,6 +47,8 @@ def chunk_table(dataset: h5py.Dataset, *, path: str) -> StoredArray | str:
                 return found
             filters = found
     _expect_inside(offsets, sizes, where, path)
+    if not _fills_its_bytes(dataset):
+        return f"{where} has a type of fewer bits than its bytes hold"
     if dataset.file.userblock_size or not is_plain_type(dataset.dtype):
         return f"{where} has type {dataset.dtype}" if not dataset.file.userblock_size else "a user block"
     return StoredArray(
@@ -80,6 +82,17 @@ def _chunks(
 
     dataset.id.chunk_iter(note)
     return offsets, sizes, masks
+
+
+def _fills_its_bytes(dataset: h5py.Dataset) -> bool:
+    """Whether a number is stored as it is in memory: HDF5 can keep one in some of its bits, and shift it."""
+    stored = dataset.id.get_type()
+    if stored.get_class() == h5py.h5t.INTEGER:
+        return bool(stored.get_precision() == 8 * stored.get_size() and stored.get_offset() == 0)
+    if stored.get_class() == h5py.h5t.FLOAT:
+        standard = {4: h5py.h5t.IEEE_F32LE, 8: h5py.h5t.IEEE_F64LE}.get(stored.get_size())
+        return standard is not None and bool(stored.equal(standard))
+    return True
 
 
 def _expect_all(num_stored: int, num_chunks: int, where: str, path: str) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scfm.data.available_memory import require_memory
 from scfm.data.matrix import CountMatrix, CsrParts
 from scfm.data.stored_array import StoredArray
-from scfm.errors import FormatError
+from scfm.errors import FormatError, InvalidArgumentError
 
 __all__ = ["NativeCsr", "native_obstacle"]
 
@@ -80,6 +80,7 @@ class NativeCsr(CountMatrix):
         from scfm import _native
 
         self._check_unchanged()
+        process = os.getpid()
         stream = _native.CsrStream(
             self._data.native(), self._indices.native(), self._indptr, self.num_genes, validate=validate
         )
@@ -94,11 +95,21 @@ class NativeCsr(CountMatrix):
                 while (len(waiting) > 1 and ahead > _BYTES_AHEAD) or len(waiting) > _MOST_REQUESTS_AHEAD:
                     first, its_size = waiting.popleft()
                     yield self._take(stream, first)
+                    self._expect_process(process)
                     ahead -= its_size
             while waiting:
                 yield self._take(stream, waiting.popleft()[0])
+                self._expect_process(process)
         finally:
             stream.close()
+
+    def _expect_process(self, process: int) -> None:
+        if os.getpid() != process:
+            raise InvalidArgumentError(
+                "a pass over the cells that began before a fork cannot go on in the child",
+                path=self.name,
+                hint="Begin a new pass in each process.",
+            )
 
     def _bytes_of(self, rows: NDArray[np.int64]) -> int:
         lengths = self._indptr[rows + 1] - self._indptr[rows]
@@ -137,9 +148,12 @@ def _chunk_failure(facts: tuple[Any, ...]) -> FormatError:
             where=f"{array}, chunk {chunk}",
             hint="The writing of this file was cut short; write it again.",
         )
+    hint = "The file is damaged; copy, download or write it again."
+    if reason.startswith(("reading failed", "the file cannot be opened")):
+        hint = "The system refused; see whether the disk is well and how many files may be open (ulimit -n)."
     return FormatError(
         f"chunk {chunk} ({size:,} bytes at {offset:,}) cannot be read: {reason}",
         path=path,
         where=f"{array}, chunk {chunk}",
-        hint="The file is damaged; copy, download or write it again.",
+        hint=hint,
     )

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scfm.data.codec_libraries import codec_in_use, missing_codec
+from scfm.errors import MissingDependencyError
 
 __all__ = ["StoredArray"]
 
@@ -66,9 +67,21 @@ class StoredArray:
         return ", ".join(names) or "uncompressed"
 
     def native(self) -> Any:
-        """The same as an object of the native reader. Call where ``obstacle`` is None."""
+        """The same as an object of the native reader. Call where ``obstacle`` is None.
+
+        Raises MissingDependencyError where this process, unlike the one that opened the file, has no library for
+        a filter.
+        """
         from scfm import _native
 
+        # Asked here too: libraries are loaded by process, and a pickled source may have come from another.
+        missing = missing_codec(self.filters)
+        if missing:
+            raise MissingDependencyError(
+                f"no library for {missing} was found, with which {self.name} is compressed",
+                path=self.paths[0],
+                hint="Install what scfm needs in this environment too; scfm doctor shows what is found.",
+            )
         return _native.StoredArray(
             self.name,
             f"{self.dtype.kind}{self.dtype.itemsize}",
