@@ -13,7 +13,7 @@
 namespace scfm {
 namespace {
 
-constexpr std::size_t kMostOpenFiles = 64;
+constexpr std::size_t kMostOpenFiles = 4;
 constexpr std::size_t kMostTogether = 256;
 
 int open_for_reading(const std::string& path) {

@@ -53,7 +53,9 @@ def is_mtx_name(name: str) -> bool:
 
 def find_mtx(folder: Path) -> Path | None:
     """The matrix file of a 10x folder, if it is one. Raises InvalidArgumentError where there are several."""
-    found = sorted(entry for entry in folder.iterdir() if _MATRIX_NAME.fullmatch(entry.name))
+    found = sorted(
+        entry for entry in folder.iterdir() if _MATRIX_NAME.fullmatch(entry.name) and entry.name[0] != "."
+    )
     if len(found) > 1:
         raise InvalidArgumentError(
             f"holds several matrices: {', '.join(entry.name for entry in found[:5])}",

@@ -53,10 +53,24 @@ def commit_shard(
             if array.stat().st_size == num_bytes and file_crc32(array) == crc32:
                 break  # of a process that died before its manifest, or is just about to write it
         set_aside(folder, array)
+    with storage_errors(array):
+        ours = array.stat().st_ino
     crash_point("before_manifest")
     won = create_once(manifest, [describe(crc32, num_bytes).to_json().encode()])
     crash_point("after_manifest")
+    if won and _inode(array) != ours:
+        # A worker on another kind of machine, whose bytes differ, took this one for dead and put its array in
+        # place of ours: together the two files would be neither's. Whoever comes next computes the shard again.
+        set_aside(folder, manifest)
+        return False
     return won
+
+
+def _inode(path: Path) -> int:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return -1
 
 
 def set_aside(folder: Path, path: Path) -> Path | None:

@@ -87,7 +87,7 @@ class _Export:
             "store_dtype": plan.store_dtype,
             "on_bad_cell": plan.on_bad_cell,
             "num_left_out": self.num_left_out,
-            "sources": [file.name for file in plan.files],
+            "sources": _distinct_names(plan.files),
             "source_cells": [file.num_cells for file in plan.files],
             "scfm_version": scfm.__version__,
         }
@@ -99,8 +99,9 @@ def export_store(
     """Write the embeddings in ``folder`` to ``out``; the ending says how.
 
     .npy: one array, with OUT.json beside it. .zarr: one zarr v3 array, provenance in its attributes. .parquet:
-    file, row, embedding. .h5ad: a copy of the input (of several: ``input_file``) with obsm[key], where cells
-    without known genes are rows of NaN. Else they are left out if the run's policy was "skip".
+    file (its path where inputs share a name), row, embedding. .h5ad: a copy of the input (of several:
+    ``input_file``) with obsm[key], where cells without known genes are rows of NaN. Else they are left out if the
+    run's policy was "skip". OUT may be no input, nothing in the folder, and no .h5ad of another make.
     Raises MissingFileError for unfinished, IntegrityError for damaged shards, StorageError.
     """
     store, out = open_store(folder), Path(out)
@@ -113,6 +114,7 @@ def export_store(
         raise InvalidArgumentError("expected an ending .npy, .zarr, .parquet or .h5ad", path=out, where="OUT")
     if "/" in (key or ""):
         raise InvalidArgumentError(f"{key!r} may not contain '/'", where="key")
+    _refuse_to_overwrite(store, out)
     missing = store.missing
     if missing:
         store.manifest(missing[0])  # says what to do
@@ -125,6 +127,20 @@ def export_store(
     export = _Export(store, store.shards, store.plan.on_bad_cell == "skip")
     writers[out.suffix](export, out)
     return ExportSummary(str(out), export.shape, str(store.dtype), export.num_left_out)
+
+
+def _refuse_to_overwrite(store: EmbeddingStore, out: Path) -> None:
+    """Neither the raw counts nor the shards may be what the export takes the place of."""
+    target = out.resolve()
+    folder = store.folder.resolve()
+    if target == folder or folder in target.parents:
+        raise InvalidArgumentError("lies in the folder that is exported", path=out, hint="Write elsewhere.")
+    for file in store.plan.files:
+        entry = Path(file.path)
+        if entry.resolve() == target or (out.exists() and entry.exists() and entry.samefile(out)):
+            raise InvalidArgumentError(
+                "is one of the files that were embedded", path=out, hint="Write to another file."
+            )
 
 
 def _read_checked(store: EmbeddingStore, shard: Shard, crc32: int) -> np.ndarray:
@@ -195,6 +211,16 @@ def _write_zarr(export: _Export, out: Path) -> None:
         array[start:] = waiting
 
 
+def _distinct_names(files: tuple[InputFile, ...]) -> list[str]:
+    """What tells the inputs apart: their names; where two share one, paths; and numbers if even those agree."""
+    names = [file.name for file in files]
+    if len(set(names)) < len(names):
+        names = [file.path for file in files]
+    if len(set(names)) < len(names):
+        names = [f"{number}: {name}" for number, name in enumerate(names)]
+    return names
+
+
 def _write_parquet(export: _Export, out: Path) -> None:
     try:
         import pyarrow as pa
@@ -204,6 +230,7 @@ def _write_parquet(export: _Export, out: Path) -> None:
             "writing .parquet needs pyarrow", hint="Install it: pip install pyarrow."
         ) from error
     number = pa.from_numpy_dtype(export.store.dtype)
+    names = _distinct_names(export.store.plan.files)
     width = export.store.hidden_size
     schema = pa.schema(
         [("file", pa.string()), ("row", pa.int64()), ("embedding", pa.list_(number, width))],
@@ -214,7 +241,7 @@ def _write_parquet(export: _Export, out: Path) -> None:
         pq.ParquetWriter(temporary, schema, compression="none", use_dictionary=["file"]) as writer,
     ):
         for shard, rows, values in export.pieces():
-            name = export.store.plan.files[shard.file].name
+            name = names[shard.file]
             flat = pa.array(np.ascontiguousarray(values).reshape(-1), type=number)
             columns = [
                 pa.array([name] * len(rows), type=pa.string()),
@@ -252,7 +279,7 @@ def _chosen_input(store: EmbeddingStore, input_file: str | Path | None) -> tuple
             )
         return 0, _as_h5ad(Path(files[0].path), files[0])
     path = Path(input_file)
-    named = [number for number, file in enumerate(files) if Path(file.path) == path.absolute()]
+    named = [number for number, file in enumerate(files) if Path(file.path).resolve() == path.resolve()][:1]
     named = named or [number for number, file in enumerate(files) if file.name == path.name]
     if len(named) != 1:
         raise InvalidArgumentError(

@@ -14,7 +14,7 @@ from anndata.io import write_elem
 
 from scfm.data.atomic_file import whole_file
 from scfm.data.h5_file import Hdf5File, locate
-from scfm.errors import FormatError, InvalidArgumentError, UnsafeFileError
+from scfm.errors import FormatError, InvalidArgumentError, ScfmError, UnsafeFileError
 
 
 def write_npy(path: Path, embedding: np.ndarray, facts: dict[str, Any]) -> None:
@@ -66,6 +66,12 @@ def check_h5ad_copy(source: Path, path: Path) -> None:
     """Raise now what write_h5ad_copy would raise after hours of embedding."""
     if path.exists() and path.samefile(source):
         raise InvalidArgumentError("is the input itself", path=path, hint="Write to another file.")
+    if path.exists() and not _is_copy_of_ours(path):
+        raise InvalidArgumentError(
+            "exists already and holds no embedding of scfm: it may be somebody's counts",
+            path=path,
+            hint="Remove it first, or write to another file.",
+        )
     with Hdf5File(source).opened() as file:
         for place in ("obsm", "uns", "uns/scfm"):
             node = locate(file, place, path=str(source))
@@ -76,6 +82,14 @@ def check_h5ad_copy(source: Path, path: Path) -> None:
                     where=place,
                     hint="Write the embedding to .npy, or rewrite the file: anndata.read_h5ad(...).write_h5ad(...).",
                 )
+
+
+def _is_copy_of_ours(path: Path) -> bool:
+    try:
+        with Hdf5File(path).opened() as file:
+            return locate(file, "uns/scfm", path=str(path)) is not None
+    except ScfmError:
+        return False
 
 
 def _mapping(parent: h5py.Group, name: str, source: Path) -> h5py.Group:

@@ -11,6 +11,7 @@ A store that is a folder (zarr, 10x) counts as the list of its files with their 
 from __future__ import annotations
 
 import os
+import stat
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,11 +51,20 @@ def fingerprint_of(path: Path) -> Fingerprint:
 
 
 def stamp_of(path: Path) -> Stamp:
-    """Size, time and identity, to be compared within one process only."""
+    """Size, time and identity, to be compared within one process only; of a folder, those of all its files."""
     try:
         status = path.stat()
+        if not stat.S_ISDIR(status.st_mode):
+            return status.st_size, status.st_mtime_ns, status.st_ino
+        entries = sorted(path.rglob("*"))
+        seen = [(str(entry), *_facts(entry.stat())) for entry in entries]
     except OSError as error:
         raise MissingFileError("is gone or cannot be reached", path=path) from error
+    # A chunk written anew changes nothing about the folder that the store is named by.
+    return len(seen), zlib.crc32(repr(seen).encode("utf-8", "surrogateescape")), status.st_ino
+
+
+def _facts(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 

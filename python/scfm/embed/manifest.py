@@ -8,6 +8,7 @@ written takes reading them all; ``verify`` does that.
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -77,7 +78,7 @@ def sound_manifest(folder: Path, shard: Shard, plan: Plan) -> Manifest | None:
     try:
         manifest = read_manifest(path, shard, plan)
     except ScfmError:
-        if not path.is_file():
+        if not os.path.lexists(path):
             return None
         raise
     array = folder / shard.array_name

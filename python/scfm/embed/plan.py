@@ -99,6 +99,9 @@ class Plan:
         keys = [key for key in {**here, **there} if here.get(key) != there.get(key)]
         # Other files or another shard size make other shards: the cause is enough.
         causes = [key for key in keys if not key.startswith("shards[")] or keys
+        causes.sort(
+            key=lambda key: key.startswith("files[")
+        )  # the model and the settings first, files are many
         return [f"{key}: {here.get(key, 'absent')} -> {there.get(key, 'absent')}" for key in causes]
 
     def to_json(self) -> str:

@@ -89,6 +89,7 @@ def embed_to_folder(
     started = time.perf_counter()
     folder = Path(folder)
     _check_choices(shard_size, store_dtype, on_bad_cell, lease_seconds)
+    budget = TokenBudget(default_token_budget(model.device) if token_budget is None else token_budget)
     check_folder(folder)
     plan, stamps = _plan(
         [Path(path) for path in data],
@@ -107,7 +108,6 @@ def embed_to_folder(
         folder.mkdir(parents=True, exist_ok=True)
     plan = settle_plan(folder, plan)
     clear_leftovers(folder, plan)
-    budget = TokenBudget(default_token_budget(model.device) if token_budget is None else token_budget)
     worker = ShardWorker(
         folder,
         plan,
@@ -201,6 +201,8 @@ def _plan(
     files = []
     for path in paths:
         source = read(path, layer=counts_layer, assume_counts=assume_counts)
+        # Before the first shard of the first file, not after days, when this file's turn comes.
+        model.tokenizer.check_genes(source, species=species)
         prints = fingerprint_of(path)
         entry = InputFile(
             str(path.absolute()),

@@ -250,7 +250,8 @@ def _no_known_gene(cells: np.ndarray, name: str, label: Labels) -> BadCellError:
     return BadCellError(
         f"{cells.size} cells so far have no gene that the model knows: rows {_named(cells, label)}",
         path=name,
-        hint='Pass on_bad_cell="nan" for rows of NaN, or on_bad_cell="skip" to leave them out.',
+        hint='Pass on_bad_cell="nan" for rows of NaN, or on_bad_cell="skip" to leave them out (scfm embed: '
+        "--on-bad-cell, in a new folder).",
     )
 
 
@@ -258,7 +259,8 @@ def _not_finite(cells: np.ndarray, name: str, label: Labels) -> BadCellError:
     return BadCellError(
         f"{cells.size} cells with good counts got NaN or infinity in their embedding: rows {_named(cells, label)}",
         path=name,
-        hint='Compute in float32 (dtype="float32"); if that does not help, the weights are damaged.',
+        hint='Compute in float32 (dtype="float32"; scfm embed: --dtype float32, in a new folder); if that does '
+        "not help, the weights are damaged.",
     )
 
 

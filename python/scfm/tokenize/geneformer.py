@@ -26,7 +26,7 @@ from scfm.data.packed import PackedCells, concatenate
 from scfm.data.read import read
 from scfm.data.source import CellSource
 from scfm.data.windows import Piece, Window
-from scfm.errors import BadCellError, ConfigError, InvalidArgumentError, ScfmWarning
+from scfm.errors import BadCellError, ConfigError, GeneMappingError, InvalidArgumentError, ScfmWarning
 from scfm.tokenize.dictionaries import GeneformerDictionaries
 from scfm.tokenize.gene_plan import GenePlan, plan_genes
 from scfm.tokenize.planned_genes import PlannedGenes
@@ -218,11 +218,26 @@ class GeneformerTokenizer:
     def _plan_part(
         self, source: CellSource, species: str
     ) -> tuple[GenePlan, np.ndarray | None, TokenizeReport]:
-        mapping, plan = self._planned.of(source.genes, species)
+        mapping, plan = self._genes_of(source, species)
         library_size, origin = library_size_of(source)
         report = TokenizeReport(source.name, source.counts_from, origin, mapping.coverage())
         report.notes += [*mapping.notes, *_plan_notes(plan)]
         return plan, library_size, report
+
+    def check_genes(self, source: CellSource, *, species: str | None = None) -> None:
+        """Raise now what ``packs`` would raise about the genes of any part: GeneMappingError naming the file."""
+        for part in source.parts:
+            self._genes_of(part, species or self.species)
+
+    def _genes_of(self, source: CellSource, species: str) -> tuple[GeneMapping, GenePlan]:
+        try:
+            return self._planned.of(source.genes, species)
+        except GeneMappingError as error:
+            if error.path is not None:
+                raise
+            raise GeneMappingError(
+                error.message, path=source.name, where=error.where, hint=error.hint
+            ) from error
 
     def _map_and_plan(self, genes: pd.DataFrame, species: str) -> tuple[GeneMapping, GenePlan]:
         mapping = map_genes(
