@@ -5,8 +5,13 @@
 namespace scfm {
 void bind_cpu(pybind11::module_& module);
 void bind_counts(pybind11::module_& module);
+void bind_embed_norm(pybind11::module_& module);
+void bind_favor(pybind11::module_& module);
+void bind_graph(pybind11::module_& module);
 void bind_stream(pybind11::module_& module);
 void bind_tokenize(pybind11::module_& module);
+void bind_varlen(pybind11::module_& module);
+void bind_varlen_backward(pybind11::module_& module);
 }  // namespace scfm
 
 PYBIND11_MODULE(_native, module, pybind11::mod_gil_not_used()) {
@@ -15,6 +20,11 @@ PYBIND11_MODULE(_native, module, pybind11::mod_gil_not_used()) {
       "works.";
   scfm::bind_cpu(module);
   scfm::bind_counts(module);
+  scfm::bind_embed_norm(module);
+  scfm::bind_favor(module);
+  scfm::bind_graph(module);
   scfm::bind_stream(module);
   scfm::bind_tokenize(module);
+  scfm::bind_varlen(module);
+  scfm::bind_varlen_backward(module);
 }

@@ -167,3 +167,135 @@ class CsrStream:
     def close(self) -> None: ...
 
 class ChunkError(RuntimeError): ...
+
+Tensor3 = NDArray[np.float32] | NDArray[np.int16]
+"""(rows, heads, head_dim), the last dimension contiguous; int16 holds the bits of bfloat16."""
+Matrix = NDArray[np.float32] | NDArray[np.int16]
+Ids = NDArray[np.int32] | NDArray[np.int64]
+
+def varlen_forward(
+    q: Tensor3,
+    k: Tensor3,
+    v: Tensor3,
+    out: Tensor3,
+    lse: NDArray[np.float32],
+    cu_seqlens_q: NDArray[np.int32],
+    cu_seqlens_k: NDArray[np.int32],
+    num_known: NDArray[np.int32] | None,
+    scale: float,
+) -> None:
+    """Attention inside packed cells; writes out and lse (Tq, H). num_known: scGPT's known/unknown mask."""
+
+def varlen_backward(
+    grad_out: Tensor3,
+    q: Tensor3,
+    k: Tensor3,
+    v: Tensor3,
+    out: Tensor3,
+    lse: NDArray[np.float32],
+    dq: Tensor3,
+    dk: Tensor3,
+    dv: Tensor3,
+    cu_seqlens_q: NDArray[np.int32],
+    cu_seqlens_k: NDArray[np.int32],
+    num_known: NDArray[np.int32] | None,
+    scale: float,
+) -> None:
+    """Its gradients; writes dq, dk and dv."""
+
+def favor_forward(
+    q: Tensor3,
+    k: Tensor3,
+    v: Tensor3,
+    projection: NDArray[np.float32],
+    out: Tensor3,
+    key_max: NDArray[np.float32],
+    given_max: bool,
+    cu_seqlens: NDArray[np.int32],
+    eps: float,
+) -> None:
+    """FAVOR+ attention inside packed cells; writes out, and key_max (C,) unless it is given."""
+
+def favor_backward(
+    grad_out: Tensor3,
+    q: Tensor3,
+    k: Tensor3,
+    v: Tensor3,
+    projection: NDArray[np.float32],
+    dq: Tensor3,
+    dk: Tensor3,
+    dv: Tensor3,
+    key_max: NDArray[np.float32],
+    given_max: bool,
+    key_max_grad: NDArray[np.float32],
+    cu_seqlens: NDArray[np.int32],
+    eps: float,
+) -> None:
+    """Its gradients; writes dq, dk, dv and key_max_grad (C,)."""
+
+def graph_plan(
+    cu_seqlens: NDArray[np.int32],
+    token_ids: Ids,
+    gene_offsets: NDArray[np.int64],
+    gene_columns: NDArray[np.int32],
+    is_global: NDArray[np.bool_],
+) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64], NDArray[np.int32]]:
+    """row_offsets, columns, col_offsets, rows: who sees whom in a pack, by a gene graph."""
+
+def graph_forward(
+    q: Tensor3,
+    k: Tensor3,
+    v: Tensor3,
+    out: Tensor3,
+    lse: NDArray[np.float32],
+    row_offsets: NDArray[np.int64],
+    columns: NDArray[np.int32],
+    scale: float,
+) -> None:
+    """Attention along a plan's edges; writes out and lse (T, H)."""
+
+def graph_backward(
+    grad_out: Tensor3,
+    q: Tensor3,
+    k: Tensor3,
+    v: Tensor3,
+    out: Tensor3,
+    lse: NDArray[np.float32],
+    dq: Tensor3,
+    dk: Tensor3,
+    dv: Tensor3,
+    row_offsets: NDArray[np.int64],
+    columns: NDArray[np.int32],
+    col_offsets: NDArray[np.int64],
+    rows: NDArray[np.int32],
+    scale: float,
+) -> None:
+    """Its gradients; writes dq, dk and dv."""
+
+def embed_norm_forward(
+    ids: list[Ids],
+    tables: list[Matrix],
+    addend: Matrix | None,
+    weight: NDArray[np.float32] | None,
+    bias: NDArray[np.float32] | None,
+    out: Matrix,
+    mean: NDArray[np.float32],
+    rstd: NDArray[np.float32],
+    eps: float,
+) -> None:
+    """Sum of embeddings and LayerNorm; writes out, and mean and rstd (T,) where there is a weight."""
+
+def embed_norm_backward(
+    grad_out: Matrix,
+    ids: list[Ids],
+    tables: list[Matrix],
+    addend: Matrix | None,
+    weight: NDArray[np.float32] | None,
+    mean: NDArray[np.float32],
+    rstd: NDArray[np.float32],
+    grad_tables: list[NDArray[np.float32]],
+    grad_addend: Matrix | None,
+    grad_weight: NDArray[np.float32] | None,
+    grad_bias: NDArray[np.float32] | None,
+) -> None:
+    """Its gradients; every id's rows are summed in the order of its tokens."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import anndata as ad
@@ -101,6 +102,16 @@ def test_convert_gives_the_same_model(model, tiny_model, data, tmp_path) -> None
 def test_doctor_names_the_paths() -> None:
     facts = run_json("doctor")
     assert facts["native path"] in facts["instruction sets"] and facts["packages"]["torch"]
+    assert {"varlen_attention", "graph_attention", "embed_norm"} < set(facts["operators"])
+    for verdicts in facts["operators"].values():
+        assert [verdict["chosen"] for verdict in verdicts] == [True] + [False] * (len(verdicts) - 1)
+        assert all(verdict["why"] and verdict["what"] for verdict in verdicts)
+
+
+def test_doctor_prints_the_path_of_every_operator() -> None:
+    shown = runner.invoke(app, ["doctor"]).output
+    assert re.search(r"varlen_attention -> \w+: the fastest that can", shown)
+    assert re.search(r"triton: (computes on a GPU|slower than|needs|triton)", shown)
 
 
 def test_pretrain_from_settings(tiny_adata, tmp_path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent
-ROWS = [*range(16, 48), *range(51, 66)]
+ROWS = [*range(16, 48), *range(49, 66)]
 
 
 def table() -> dict[int, list[tuple[str, str]]]:

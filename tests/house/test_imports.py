@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "python" / "scfm"
 # A room may import itself and every room on an earlier line.
 ORDER = [
-    {"errors", "_native"},
+    {"errors", "_native", "_cuda", "kernels"},
     {"data", "ops"},
     {"tokenize"},
     {"models"},
@@ -75,7 +77,7 @@ def test_kernels_import_torch_and_triton_only() -> None:
             if isinstance(node, ast.ImportFrom) and node.level == 0:
                 names = [node.module or ""]
             for name in names:
-                assert name.split(".")[0] in {"torch", "triton", "__future__", "typing", "math"}, (file, name)
+                assert name.split(".")[0] in {"torch", "triton", *sys.stdlib_module_names}, (file, name)
 
 
 CSRC_ORDER = {"base": 0, "cpu": 1, "counts": 2, "tokenize": 2, "attention": 2, "bindings": 3}
@@ -98,3 +100,21 @@ def test_no_file_outgrows_its_concept() -> None:
     for file in [*FILES, *(ROOT / "csrc").rglob("*.cpp"), *(ROOT / "csrc").rglob("*.hpp")]:
         assert len(file.read_text(encoding="utf-8").splitlines()) <= 600, file
         assert file.stem not in {"utils", "helpers", "common", "misc"}, file
+
+
+def test_operators_need_torch_alone() -> None:
+    """scripts on a bare GPU machine import them, and import scfm, without anndata and its company."""
+    program = """
+import sys
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"anndata", "h5py", "pandas", "scipy", "safetensors", "zarr", "scanpy", "typer"}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Nothing())
+import scfm, scfm.ops, scfm.kernels
+scfm.ops.varlen_attention
+sys.path.insert(0, "benches")
+import shapes
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

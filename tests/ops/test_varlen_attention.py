@@ -7,7 +7,7 @@ import torch
 
 from scfm.errors import InvalidArgumentError
 from scfm.ops import varlen_attention, varlen_attention_reference
-from scfm.ops.varlen_attention import _gradients_by_formula
+from scfm.ops.varlen_attention import gradients_by_formula
 
 LENGTHS = [
     [1],
@@ -80,7 +80,7 @@ def test_the_formula_used_off_the_cpu_gives_the_same_gradients() -> None:
     inputs = [x.requires_grad_() for x in (q, k, v)]
     upstream = torch.randn(300, 2, 8, dtype=torch.float64)
     exact = torch.autograd.grad(varlen_attention_reference(*inputs, cu_seqlens, scale=0.3), inputs, upstream)
-    formula = _gradients_by_formula(upstream, *(x.detach() for x in inputs), 0.3)
+    formula = gradients_by_formula(upstream, *(x.detach() for x in inputs), 0.3)
     for ours, want in zip(formula, exact, strict=True):
         torch.testing.assert_close(ours, want)
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scfm.cli import options
 from scfm.cli.console import emit, reporting, say
 
+if TYPE_CHECKING:
+    import torch
+
 _PACKAGES = ("torch", "triton", "numpy", "anndata", "h5py", "safetensors", "scanpy", "huggingface-hub")
+_HEAD_DIM = 64
 
 
 def doctor(as_json: options.Json = False) -> None:
@@ -19,9 +24,16 @@ def doctor(as_json: options.Json = False) -> None:
         if as_json:
             emit({"ok": True, **facts})
             return
+        operators = facts.pop("operators")
         for name, value in facts.items():
             shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
             say(f"{name:>18}: {shown}")
+        say(f"\nOperators on {facts['device']}, {facts['dtype auto']}, head_dim {_HEAD_DIM}:")
+        for name, verdicts in operators.items():
+            for verdict in verdicts:
+                shown = name if verdict["chosen"] else ""
+                mark = "->" if verdict["chosen"] else "  "
+                say(f"{shown:>22} {mark} {verdict['path']}: {verdict['why']} ({verdict['what']})")
 
 
 def machine_facts() -> dict[str, Any]:
@@ -30,7 +42,8 @@ def machine_facts() -> dict[str, Any]:
     import scfm
     from scfm import _native
     from scfm.data.codec_libraries import codec_in_use
-    from scfm.models.nn.precision import float32_path, resolve_device, resolve_dtype
+    from scfm.models.nn.precision import resolve_device, resolve_dtype
+    from scfm.ops.products import float32_path
 
     device = resolve_device("auto")
     return {
@@ -49,8 +62,22 @@ def machine_facts() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "dtype auto": str(resolve_dtype("auto", device)).removeprefix("torch."),
         "float32 products": float32_path(device),
-        "attention": "torch, one fused call a cell",
+        "operators": operator_paths(device, resolve_dtype("auto", device)),
     }
+
+
+def operator_paths(device: torch.device, dtype: torch.dtype) -> dict[str, list[dict[str, Any]]]:
+    """For every operator its paths, the chosen one first: what it is, whether it is taken, and why."""
+    import torch
+
+    from scfm.ops import paths
+
+    tensor = torch.empty(1, 1, _HEAD_DIM, device=device, dtype=dtype)
+    found = {}
+    for name in paths.operators():
+        verdicts = sorted(paths.explain(name, tensor), key=lambda verdict: not verdict.chosen)
+        found[name] = [asdict(verdict) for verdict in verdicts]
+    return found
 
 
 def _version(package: str) -> str:

@@ -2,10 +2,10 @@
 
     out[i] = sum_j softmax_j(scale * <q[i], k[j]>) v[j],   j over the tokens of i's cell
 
-Cells never see each other, so no padding and no mask exists anywhere. Each cell is one call of torch's fused
-attention, whose row statistics are kept for the backward; bfloat16 on CPU is widened to float32 first, which is
-both faster and more accurate there than torch's bfloat16 kernel. A cell's result depends on its own tokens only,
-bit for bit.
+Cells never see each other, so no padding and no mask exists anywhere, and a cell's result depends on its own
+tokens only, bit for bit. Row statistics (log-sum-exp) are kept for the backward, which makes the probabilities
+again. Paths: our C++ kernels on CPU, Triton or FlashAttention on a GPU, torch's own kernels cell by cell for what
+those do not take (float64, wide heads).
 """
 
 from __future__ import annotations
@@ -16,9 +16,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scfm.errors import InvalidArgumentError
+from scfm.ops import flash, native, paths, triton_kernels
+from scfm.ops.arguments import cell_slices, check_heads, check_offsets, wide
 
-_QUERY_BLOCK = 256  # of the backward: 12 heads x 256 x 2,048 probabilities are 25 MB in float32
+_NAME = "varlen_attention"
+_QUERY_BLOCK = 256  # of torch's backward: 12 heads x 256 x 2,048 probabilities are 25 MB in float32
+
+paths.register(
+    _NAME,
+    [
+        paths.Path(
+            "native", "scfm's C++ kernels", native.objection_unless("varlen_forward", "varlen_backward")
+        ),
+        paths.Path("flash_attn_3", "flash-attn 3 (flash_attn_interface)", flash.objection_version_3),
+        paths.Path("triton", "scfm's Triton kernels", triton_kernels.objection),
+        paths.Path("torch_varlen", "torch.nn.attention.varlen", flash.objection_torch),
+        paths.Path("flash_attn_2", "flash-attn 2", flash.objection_version_2),
+        paths.Path("torch", "torch's fused attention, a call a cell", lambda tensor: None),
+    ],
+)
 
 
 def varlen_attention(
@@ -32,15 +48,16 @@ def varlen_attention(
 ) -> Tensor:
     """Attention of packed cells.
 
-    q, k, v: (T, H, D) float32, float64 or bfloat16; cu_seqlens: int32 (C + 1,). ``cu_seqlens_q`` packs the
-    queries by their own offsets (one query a cell, for instance); default: the keys' offsets.
+    q, k, v: (T, H, D) float32, float64, bfloat16 or float16; cu_seqlens: int32 (C + 1,). ``cu_seqlens_q`` packs
+    the queries by their own offsets (one query a cell, for instance); default: the keys' offsets.
     scale: default 1 / sqrt(D). Returns (Tq, H, D) in q's dtype. A cell without keys gives zeros.
     Raises InvalidArgumentError for shapes or offsets that do not fit.
     """
     offsets_q = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
-    _check(q, k, v, cu_seqlens, offsets_q)
-    if scale is None:
-        scale = 1.0 / math.sqrt(q.shape[-1])
+    check_heads(_NAME, q, k, v)
+    check_offsets(_NAME, "cu_seqlens", cu_seqlens, len(k), q.device)
+    check_offsets(_NAME, "cu_seqlens_q", offsets_q, len(q), q.device, num_cells=cu_seqlens.numel() - 1)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     out: Tensor = torch.ops.scfm.varlen_attention(q, k, v, cu_seqlens, offsets_q, scale)[0]
     return out
 
@@ -58,7 +75,7 @@ def varlen_attention_reference(
     offsets_q = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     out = torch.zeros_like(q)
-    for q_rows, kv_rows in _cells(cu_seqlens, offsets_q):
+    for q_rows, kv_rows in cell_slices(offsets_q, cu_seqlens):
         scores = torch.einsum("ihd,jhd->hij", q[q_rows], k[kv_rows]) * scale
         out[q_rows] = torch.einsum("hij,jhd->ihd", torch.softmax(scores, dim=-1), v[kv_rows])
     return out
@@ -68,20 +85,24 @@ def varlen_attention_reference(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_q: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The output, and log-sum-exp of every query's scores, (Tq, H), for the backward."""
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_zeros(q.shape[:2], dtype=_wide(q.dtype))
-    for q_rows, kv_rows in _cells(cu_seqlens, cu_seqlens_q):
-        out[q_rows], lse[q_rows] = _attend_cell(q[q_rows], k[kv_rows], v[kv_rows], scale)
-    return out, lse
+    """The output, and the natural log-sum-exp of every query's scores, (Tq, H), for the backward."""
+    path = paths.choose(_NAME, q)
+    if path == "native":
+        return _native_forward(q, k, v, cu_seqlens, cu_seqlens_q, scale)
+    if path == "triton":
+        from scfm.kernels import varlen_attention as kernels
+
+        return kernels.forward(q, k, v, cu_seqlens_q, cu_seqlens, scale)  # type: ignore[no-any-return]
+    if path == "torch":
+        return _torch_forward(q, k, v, cu_seqlens, cu_seqlens_q, scale)
+    return flash.forward(path, q, k, v, cu_seqlens, cu_seqlens_q, scale)
 
 
 @_forward.register_fake
 def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_q: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    return out, q.new_empty(q.shape[:2], dtype=_wide(q.dtype))
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=wide(q.dtype))
 
 
 @torch.library.custom_op("scfm::varlen_attention_backward", mutates_args=())
@@ -97,11 +118,16 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Probabilities are made again from the scores and ``lse``: none are kept from the forward."""
-    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    for q_rows, kv_rows in _cells(cu_seqlens, cu_seqlens_q):
-        cell = (grad_out[q_rows], q[q_rows], k[kv_rows], v[kv_rows], out[q_rows], lse[q_rows])
-        dq[q_rows], dk[kv_rows], dv[kv_rows] = _cell_gradients(*cell, scale)
-    return dq, dk, dv
+    path = paths.choose(_NAME, q)
+    if path == "native":
+        return _native_backward(grad_out, q, k, v, out, lse, cu_seqlens, cu_seqlens_q, scale)
+    if path != "torch" and triton_kernels.objection(q) is None:
+        from scfm.kernels import varlen_attention as kernels
+
+        return kernels.backward(  # type: ignore[no-any-return]
+            grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens, scale
+        )
+    return _torch_backward(grad_out, q, k, v, out, lse, cu_seqlens, cu_seqlens_q, scale)
 
 
 @_backward.register_fake
@@ -116,8 +142,7 @@ def _backward_fake(
     cu_seqlens_q: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    empty = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-    return empty[0], empty[1], empty[2]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save_for_backward(
@@ -141,45 +166,93 @@ def _autograd(
 _forward.register_autograd(_autograd, setup_context=_save_for_backward)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What a dtype is computed in."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+# ---- our C++ kernels --------------------------------------------------------------------------------------------
 
 
-def _attend_cell(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """One cell: (Lq, H, D), (L, H, D), (L, H, D) -> output (Lq, H, D) in q's dtype, log-sum-exp (Lq, H)."""
-    if q.device.type == "cpu":
-        heads = [x.to(_wide(x.dtype)).transpose(0, 1)[None] for x in (q, k, v)]
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, scale=scale)
-        return out[0].transpose(0, 1).to(q.dtype), lse[0].T
-    queries, keys, values = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out = F.scaled_dot_product_attention(queries, keys, values, scale=scale)[0].transpose(0, 1)
-    return out, q.new_zeros(q.shape[:2], dtype=_wide(q.dtype))
+def _native_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_q: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    from scfm import _native
+
+    stored = [native.storable(x) for x in (q, k, v)]
+    out = stored[0].new_empty(q.shape)
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    arrays = [native.array(x) for x in (*stored, out, lse, cu_seqlens_q, cu_seqlens)]
+    native.with_torch_threads(_native.varlen_forward, *arrays, None, scale)
+    return out.to(q.dtype), lse
 
 
-def _cell_gradients(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+def _native_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_q: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One cell's dq, dk, dv, (L, H, D) each."""
-    if q.device.type != "cpu":
-        return _gradients_by_formula(grad_out, q, k, v, scale)
-    heads = [x.to(_wide(x.dtype)).transpose(0, 1)[None] for x in (grad_out, q, k, v, out)]
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *heads, lse.T[None].contiguous(), 0.0, False, scale=scale
-    )
-    dq, dk, dv = (x[0].transpose(0, 1).to(q.dtype) for x in grads)
+    from scfm import _native
+
+    stored = [native.storable(x) for x in (grad_out, q, k, v, out)]
+    grads = [x.new_empty(x.shape) for x in stored[1:4]]
+    arrays = [native.array(x) for x in (*stored, lse, *grads, cu_seqlens_q, cu_seqlens)]
+    native.with_torch_threads(_native.varlen_backward, *arrays, None, scale)
+    dq, dk, dv = (x.to(q.dtype) for x in grads)
     return dq, dk, dv
 
 
-def _gradients_by_formula(
+# ---- torch, a cell at a time ------------------------------------------------------------------------------------
+
+
+def _torch_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_q: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    out = q.new_zeros(q.shape)
+    lse = q.new_full(q.shape[:2], -math.inf, dtype=wide(q.dtype))
+    for q_rows, kv_rows in cell_slices(cu_seqlens_q, cu_seqlens):
+        queries, keys, values = (
+            x.to(wide(x.dtype)).transpose(0, 1)[None] for x in (q[q_rows], k[kv_rows], v[kv_rows])
+        )
+        if q.device.type == "cpu":
+            attended, logs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                queries, keys, values, scale=scale
+            )
+            out[q_rows], lse[q_rows] = attended[0].transpose(0, 1).to(q.dtype), logs[0].T
+        else:
+            attended = F.scaled_dot_product_attention(queries, keys, values, scale=scale)
+            out[q_rows] = attended[0].transpose(0, 1).to(q.dtype)
+    return out, lse
+
+
+def _torch_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_q: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    for q_rows, kv_rows in cell_slices(cu_seqlens_q, cu_seqlens):
+        cell = (grad_out[q_rows], q[q_rows], k[kv_rows], v[kv_rows])
+        dq[q_rows], dk[kv_rows], dv[kv_rows] = gradients_by_formula(*cell, scale)
+    return dq, dk, dv
+
+
+def gradients_by_formula(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """P = softmax(scale q k^T);  dv = P^T do;  dS = P (do v^T - rowsum(P * (do v^T)));
+    """One cell's P = softmax(scale q k^T);  dv = P^T do;  dS = P (do v^T - rowsum(P * (do v^T)));
 
-    dq = scale dS k;  dk = scale dS^T q;  a block of queries at a time.
+    dq = scale dS k;  dk = scale dS^T q;  a block of queries at a time. (L, H, D) each.
     """
     dtype = q.dtype
-    grad_out, q, k, v = (x.to(_wide(dtype)).transpose(0, 1) for x in (grad_out, q, k, v))
+    grad_out, q, k, v = (x.to(wide(dtype)).transpose(0, 1) for x in (grad_out, q, k, v))
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     dq = []
@@ -193,38 +266,3 @@ def _gradients_by_formula(
         dk += torch.bmm(ds.transpose(1, 2), queries)
     grads = [x.transpose(0, 1).to(dtype) for x in (torch.cat(dq, 1), dk, dv)]
     return grads[0], grads[1], grads[2]
-
-
-def _cells(cu_seqlens: Tensor, cu_seqlens_q: Tensor) -> list[tuple[slice, slice]]:
-    """(query rows, key rows) of every cell that has both."""
-    keys, queries = cu_seqlens.tolist(), cu_seqlens_q.tolist()
-    return [
-        (slice(queries[c], queries[c + 1]), slice(keys[c], keys[c + 1]))
-        for c in range(len(keys) - 1)
-        if keys[c] < keys[c + 1] and queries[c] < queries[c + 1]
-    ]
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_q: Tensor) -> None:
-    if q.dim() != 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
-        raise InvalidArgumentError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected (T, H, D) each, "
-            "k and v equal, H and D the same in all",
-            where="varlen_attention",
-        )
-    if not q.dtype == k.dtype == v.dtype:
-        raise InvalidArgumentError(f"dtypes {q.dtype}, {k.dtype}, {v.dtype} differ", where="varlen_attention")
-    if cu_seqlens.shape != cu_seqlens_q.shape or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-        raise InvalidArgumentError(
-            f"cu_seqlens {tuple(cu_seqlens.shape)} and cu_seqlens_q {tuple(cu_seqlens_q.shape)} must be "
-            "1-D and equally long",
-            where="varlen_attention",
-        )
-    if torch.compiler.is_compiling():
-        return
-    for name, offsets, tokens in (("cu_seqlens", cu_seqlens, len(k)), ("cu_seqlens_q", cu_seqlens_q, len(q))):
-        if int(offsets[0]) != 0 or int(offsets[-1]) != tokens or bool((offsets.diff() < 0).any()):
-            raise InvalidArgumentError(
-                f"{name} must rise from 0 to {tokens}, found {offsets[0]} to {offsets[-1]}",
-                where="varlen_attention",
-            )

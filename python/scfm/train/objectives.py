@@ -77,8 +77,9 @@ def mask_genes(
 
 def masked_gene_loss(model: Geneformer, cells: MaskedCells) -> Tensor:
     """Sum of cross-entropies over the masked tokens, in nats; divide by their number for the authors' loss."""
-    logits = _masked_logits(model, cells)
-    return F.cross_entropy(logits.float(), cells.targets.to(logits.device, torch.int64), reduction="sum")
+    hidden = model.forward(cells.packed).hidden
+    rows = hidden[cells.positions.to(hidden.device)]
+    return model.masked_gene_losses(rows, cells.targets.to(hidden.device)).sum()
 
 
 @torch.inference_mode()

@@ -21,9 +21,11 @@ from scfm.errors import InvalidArgumentError
 from scfm.models.base import FoundationModel
 from scfm.models.geneformer.config import GeneformerConfig
 from scfm.models.nn.encoder import ACTIVATIONS, EncoderLayer
-from scfm.models.nn.linear import Linear, row_stable_linear
+from scfm.models.nn.linear import Linear
 from scfm.models.output import ModelOutput
 from scfm.models.pooling import mean_of_genes
+from scfm.ops import embed_norm, masked_head_loss
+from scfm.ops.products import row_stable_linear
 from scfm.tokenize.dictionaries import GeneformerDictionaries
 from scfm.tokenize.geneformer import GeneformerTokenizer
 
@@ -39,8 +41,15 @@ class MaskedGeneHead(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, hidden: Tensor, gene_table: Tensor) -> Tensor:
-        inner = self.norm(self.activation(self.transform(hidden)).float())
-        return row_stable_linear(inner, gene_table, self.bias)
+        return row_stable_linear(self._inner(hidden), gene_table, self.bias)
+
+    def losses(self, hidden: Tensor, gene_table: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of every row, in nats, float32 (N,); the logits are never in memory whole."""
+        return masked_head_loss(self._inner(hidden), gene_table, self.bias, targets)
+
+    def _inner(self, hidden: Tensor) -> Tensor:
+        inner: Tensor = self.norm(self.activation(self.transform(hidden)).float())
+        return inner
 
 
 class Geneformer(FoundationModel):
@@ -144,11 +153,14 @@ class Geneformer(FoundationModel):
 
     def masked_gene_logits(self, hidden: Tensor) -> Tensor:
         """Masked-gene logits of the given rows: (N, hidden_size) -> float32 (N, vocab_size)."""
-        if self.head is None:
-            raise InvalidArgumentError(
-                "the checkpoint held an encoder without a masked-gene head", path=self.source, where="logits"
-            )
-        return self.head(hidden, self.gene_table)  # type: ignore[no-any-return]
+        return self._require_head("logits")(hidden, self.gene_table)  # type: ignore[no-any-return]
+
+    def masked_gene_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of masked tokens. hidden: (N, hidden_size) of them; targets: int64 (N,) token ids.
+
+        Returns nats, float32 (N,). Raises InvalidArgumentError for targets outside the vocabulary.
+        """
+        return self._require_head("losses").losses(hidden, self.gene_table, targets)
 
     def hidden_at(self, packed: PackedCells, layer: int) -> Tensor:
         """Hidden states of one layer, (T, hidden_size): 0 is the last, -1 the one before, and so on."""
@@ -223,15 +235,27 @@ class Geneformer(FoundationModel):
 
         return save_geneformer(self, Path(folder))
 
+    def _require_head(self, where: str) -> MaskedGeneHead:
+        if self.head is None:
+            raise InvalidArgumentError(
+                "the checkpoint held an encoder without a masked-gene head", path=self.source, where=where
+            )
+        return self.head
+
     def _embed_tokens(self, packed: PackedCells) -> Tensor:
         starts = packed.cu_seqlens[:-1].to(torch.int64)
         lengths = packed.lengths.to(torch.int64)
         positions = torch.arange(packed.num_tokens, device=starts.device) - torch.repeat_interleave(
             starts, lengths
         )
-        hidden = F.embedding(packed.token_ids, self.gene_table)
-        hidden = hidden + self.type_table[0] + F.embedding(positions, self.position_table)
-        hidden = self.embedding_norm(hidden)
+        norm = self.embedding_norm
+        hidden = embed_norm(
+            [packed.token_ids, torch.zeros_like(packed.token_ids), positions],
+            [self.gene_table, self.type_table, self.position_table],
+            norm.weight,
+            norm.bias,
+            eps=norm.eps,
+        )
         if self.training and self.config.hidden_dropout:
             hidden = F.dropout(hidden, self.config.hidden_dropout)
         return hidden

@@ -1,19 +1,15 @@
 """A linear layer whose rows do not depend on their company, in float32 or bfloat16.
 
 Weights stay in float32 (they are what is saved and trained); a bfloat16 copy is made once, at the first use for
-inference. Matrix libraries switch algorithm for very few rows, and the last bit with it; products of fewer than
-16 rows are therefore padded to 16, which makes a row's result the same in any batch.
+inference.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scfm.models.nn.precision import fast_float32
-
-MIN_ROWS = 16
+from scfm.ops.products import row_stable_linear
 
 
 class Linear(nn.Module):
@@ -26,8 +22,8 @@ class Linear(nn.Module):
         self.compute_dtype = torch.float32
         self._copy: tuple[tuple[int, ...], Tensor, Tensor] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return row_stable_linear(x, *self.weights())
+    def forward(self, x: Tensor, *, relu: bool = False) -> Tensor:
+        return row_stable_linear(x, *self.weights(), relu=relu)
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """Weight and bias in ``compute_dtype``; the copy is kept only where no gradient could need it."""
@@ -40,13 +36,3 @@ class Linear(nn.Module):
             weight = self.weight.detach().to(self.compute_dtype)
             self._copy = (version, weight, self.bias.detach().to(self.compute_dtype))
         return self._copy[1], self._copy[2]
-
-
-def row_stable_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear`` in the weight's dtype, with at least MIN_ROWS rows in the product."""
-    x = x.to(weight.dtype)
-    rows = x.shape[0]
-    with fast_float32(x.device):
-        if rows >= MIN_ROWS:
-            return F.linear(x, weight, bias)
-        return F.linear(F.pad(x, (0, 0, 0, MIN_ROWS - rows)), weight, bias)[:rows]

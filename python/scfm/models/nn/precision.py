@@ -1,17 +1,6 @@
-"""Which numbers a model multiplies in, and the fastest exact way to multiply float32 on this CPU.
-
-torch sends float32 products on CPU to MKL, which on AMD processors stays at AVX2: under half of what the chip
-can do. oneDNN has an AVX-512 path of the same accuracy behind torch's "medium" precision; but on processors
-with matrix units that setting may round the inputs to bfloat16. So the setting is used only after one small
-product has shown float32 accuracy on this very machine.
-"""
+"""Which device a model runs on, and which numbers it multiplies in."""
 
 from __future__ import annotations
-
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
 
 import torch
 
@@ -58,67 +47,3 @@ def multiplies_bfloat16(device: torch.device) -> bool:
         features = _native.cpu_features()
         return bool(features["avx512_bf16"] or features["amx_bf16"])
     return False
-
-
-@contextmanager
-def fast_float32(device: torch.device) -> Iterator[None]:
-    """Within: float32 products on CPU take oneDNN's path if it is as accurate as float32 should be.
-
-    The setting is torch's global one; it is counted, so that threads leave behind what the first one found.
-    """
-    if device.type != "cpu" or not _medium_is_exact():
-        yield
-        return
-    _setting.enter()
-    try:
-        yield
-    finally:
-        _setting.leave()
-
-
-class _MediumPrecision:
-    """torch's float32 precision at "medium" while anyone is inside."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._before = "highest"
-
-    def enter(self) -> None:
-        with self._lock:
-            if self._inside == 0:
-                self._before = torch.get_float32_matmul_precision()
-                torch.set_float32_matmul_precision("medium")
-            self._inside += 1
-
-    def leave(self) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                torch.set_float32_matmul_precision(self._before)
-
-
-_setting = _MediumPrecision()
-
-
-@cache
-def _medium_is_exact() -> bool:
-    """One product at "medium" against float64: float32 gives about 5e-7 here, bfloat16 inputs 4e-3."""
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randn(64, 512, generator=generator)
-    b = torch.randn(512, 64, generator=generator)
-    exact = a.double() @ b.double()
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        error = (a @ b - exact).abs().max() / exact.abs().max()
-    finally:
-        torch.set_float32_matmul_precision(before)
-    return bool(error < 5e-6)
-
-
-def float32_path(device: torch.device) -> str:
-    """In words: how float32 products are computed on this device."""
-    if device.type != "cpu":
-        return "torch's default"
-    return "oneDNN, float32 accuracy checked" if _medium_is_exact() else "torch's default (MKL)"

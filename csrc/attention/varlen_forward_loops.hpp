@@ -1,0 +1,272 @@
+/// Attention inside a cell, forward (see varlen_forward_kernels.hpp), written once against the vocabulary of
+/// simd_*.hpp and the tiles of attention_tiles.hpp.
+///
+/// Loops, outermost first: stretches of kStretchKeys keys, packed once; blocks of kBlockRows queries; blocks
+/// of kBlockKeys keys; tiles of kTileRows queries. A stretch stays in the second-level cache, a block of keys
+/// in the first, a tile's sums in registers.
+#pragma once
+
+#include <math.h>
+
+#include "attention/attention_tiles.hpp"
+#include "attention/varlen_forward_kernels.hpp"
+
+namespace scfm {
+namespace {
+
+constexpr int kBlockRows = 8 * kTileRows;
+constexpr int kStretchKeys = 512;
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kLn2 = 0.693147180559945309f;
+
+/// What is kept of every query between two blocks of keys.
+struct RunningSoftmax {
+  float* sums;   // (rows, padded): sum of p v
+  float* norms;  // (rows, width): sum of p, in parts
+  float* tops;   // (rows): the maximum so far, in base 2
+};
+
+/// float32 products of anything stored.
+template <class StoredType>
+struct FloatLayout {
+  using Stored = StoredType;
+  using Product = Floats;
+  static constexpr int kBlockKeys = kFloatBlockKeys;
+
+  static int64_t depth(int head_dim) { return head_dim; }  // steps of q k^T
+  static int64_t query_size(int head_dim, int padded) { return head_dim > 0 ? padded : 0; }
+  static int64_t values_row(int padded) { return padded; }
+
+  static void pack_queries(const Stored* x, int64_t stride, int64_t count, int64_t rows, int head_dim,
+                           int padded, float* out) {
+    pack_rows(x, stride, count, rows, head_dim, padded, 1.0f, out);
+  }
+  static void pack_keys(const Stored* x, int64_t stride, int64_t count, int head_dim, float* out) {
+    pack_panels<kTileColumns>(x, stride, count, head_dim, out);
+  }
+  static void pack_values(const Stored* x, int64_t stride, int64_t count, int head_dim, int padded,
+                          float* out) {
+    pack_rows(x, stride, count, count, head_dim, padded, 1.0f, out);
+  }
+  /// Two vectors of probabilities to where the product with the values reads them.
+  static void store_weights(float* out, Vec low, Vec high) {
+    store(out, low);
+    store(out + kWidth, high);
+  }
+  static Vec exponential(Vec x) { return exp2_vec(x); }
+};
+
+/// Scores of a tile, in base 2, rows kBlockKeys apart; keys from num_keys on are -infinity.
+template <class Layout>
+inline void score_tile(const typename Layout::Product::Element* queries, int64_t query_stride,
+                       const typename Layout::Product::Element* keys, int64_t depth, int num_keys, Vec scale,
+                       float* scores) {
+  for (int first = 0; first < num_keys; first += kTileColumns) {
+    const auto* panel = keys + first * depth;
+    with_count<kTileVectors>(
+        static_cast<int>(smaller(kTileVectors, vectors_for(num_keys - first))), [&](auto vectors) {
+          constexpr int kVectors = decltype(vectors)::value;
+          Vec sums[kTileRows][kVectors];
+          for (int r = 0; r < kTileRows; ++r) {
+            for (int c = 0; c < kVectors; ++c) sums[r][c] = zero_vec();
+          }
+          add_tile<typename Layout::Product, kVectors>(queries, query_stride, 1, panel, kTileColumns, depth,
+                                                       sums);
+          for (int r = 0; r < kTileRows; ++r) {
+            for (int c = 0; c < kVectors; ++c) {
+              store(scores + r * Layout::kBlockKeys + first + c * kWidth, mul(sums[r][c], scale));
+            }
+          }
+        });
+  }
+  const int partial = num_keys % kWidth;
+  if (partial == 0) return;
+  for (int r = 0; r < kTileRows; ++r) {
+    float* last = scores + r * Layout::kBlockKeys + num_keys - partial;
+    store(last, first_lanes(partial, load(last), broadcast(-INFINITY)));
+  }
+}
+
+/// Scores of one row to weights relative to the new maximum; earlier sums are rescaled to it.
+template <class Layout>
+inline void weigh_row(const float* scores, int num_vectors, typename Layout::Product::Element* weights,
+                      int padded, float* sums, float* norm, float* top) {
+  Vec most = load(scores);
+  for (int i = 1; i < num_vectors; ++i) most = max(most, load(scores + i * kWidth));
+  const float before = *top;
+  const float highest = reduce_max(most);
+  const float now = highest > before ? highest : before;
+  const Vec origin = broadcast(now);
+  Vec total = zero_vec();
+  for (int i = 0; i < num_vectors; i += 2) {
+    const Vec low = Layout::exponential(sub(load(scores + i * kWidth), origin));
+    // A block of keys is a whole number of vector pairs, so the second is there; past the end it counts
+    // nothing.
+    const bool both = i + 1 < num_vectors;
+    const Vec high = both ? Layout::exponential(sub(load(scores + (i + 1) * kWidth), origin)) : zero_vec();
+    total = add(total, add(low, high));
+    Layout::store_weights(weights + i * kWidth / Layout::Product::kTerms, low, high);
+  }
+  if (now != before) {
+    const Vec factor = broadcast(exp2f(before - now));
+    for (int c = 0; c < padded; c += kWidth) store(sums + c, mul(load(sums + c), factor));
+    total = fmadd(load(norm), factor, total);
+    *top = now;
+  } else {
+    total = add(load(norm), total);
+  }
+  store(norm, total);
+}
+
+/// A tile of queries and a block of keys.
+template <class Layout>
+inline void attend_tile(const typename Layout::Product::Element* queries, int64_t query_stride,
+                        const typename Layout::Product::Element* keys,
+                        const typename Layout::Product::Element* values, int64_t depth, int padded,
+                        int num_rows, int num_keys, Vec scale, RunningSoftmax state) {
+  using Element = typename Layout::Product::Element;
+  constexpr int kWeightsRow = Layout::kBlockKeys / Layout::Product::kTerms;
+  alignas(64) float scores[kTileRows * Layout::kBlockKeys];
+  alignas(64) Element weights[kTileRows * kWeightsRow];
+  score_tile<Layout>(queries, query_stride, keys, depth, num_keys, scale, scores);
+  const int vectors = vectors_for(num_keys);
+  for (int r = 0; r < kTileRows; ++r) {
+    if (r < num_rows) {
+      weigh_row<Layout>(scores + r * Layout::kBlockKeys, vectors, weights + r * kWeightsRow, padded,
+                        state.sums + static_cast<int64_t>(r) * padded, state.norms + r * kWidth,
+                        state.tops + r);
+    } else {
+      memset(weights + r * kWeightsRow, 0, sizeof(Element) * kWeightsRow);
+    }
+  }
+  const int64_t steps = (num_keys + Layout::Product::kTerms - 1) / Layout::Product::kTerms;
+  for (int first = 0; first < padded; first += kTileColumns) {
+    with_count<kTileVectors>(
+        static_cast<int>(smaller(kTileVectors, (padded - first) / kWidth)), [&](auto count) {
+          constexpr int kVectors = decltype(count)::value;
+          Vec sums[kTileRows][kVectors];
+          for (int r = 0; r < kTileRows; ++r) {
+            for (int c = 0; c < kVectors; ++c)
+              sums[r][c] = load(state.sums + static_cast<int64_t>(r) * padded + first + c * kWidth);
+          }
+          add_tile<typename Layout::Product, kVectors>(weights, kWeightsRow, 1, values + first,
+                                                       Layout::values_row(padded), steps, sums);
+          for (int r = 0; r < kTileRows; ++r) {
+            for (int c = 0; c < kVectors; ++c) {
+              store(state.sums + static_cast<int64_t>(r) * padded + first + c * kWidth, sums[r][c]);
+            }
+          }
+        });
+  }
+}
+
+template <class Stored>
+inline const Stored* row_of(const AttentionRows& rows, int64_t row) {
+  return static_cast<const Stored*>(rows.data) + row * rows.stride;
+}
+
+/// One key more, seen by this query alone.
+template <class Stored>
+inline void add_own_key(const VarlenSpan& span, int64_t row, int padded, RunningSoftmax state) {
+  const Stored* q = row_of<Stored>(span.q, row);
+  const Stored* k = row_of<Stored>(span.own_k, row);
+  const Stored* v = row_of<Stored>(span.own_v, row);
+  Vec products = zero_vec();
+  for (int c = 0; c < span.head_dim; c += kWidth) {
+    products = fmadd(load_stored(q + c, span.head_dim - c), load_stored(k + c, span.head_dim - c), products);
+  }
+  const float score = reduce_add(products) * span.scale * kLog2E;
+  float* sums = state.sums + row * padded;
+  float* norm = state.norms + row * kWidth;
+  const float before = state.tops[row];
+  const float now = score > before ? score : before;
+  const Vec kept = broadcast(before == now ? 1.0f : exp2f(before - now));
+  const Vec own = broadcast(exp2f(score - now));
+  for (int c = 0; c < span.head_dim; c += kWidth) {
+    store(sums + c, fmadd(own, load_stored(v + c, span.head_dim - c), mul(load(sums + c), kept)));
+  }
+  store(norm, add(mul(load(norm), kept), first_lanes(1, own, zero_vec())));
+  state.tops[row] = now;
+}
+
+template <class Stored>
+inline void finish_row(const VarlenSpan& span, int64_t row, int padded, RunningSoftmax state) {
+  Stored* out = static_cast<Stored*>(span.out) + row * span.out_stride;
+  const float norm = reduce_add(load(state.norms + row * kWidth));
+  const bool seen = state.tops[row] != -INFINITY || !(norm == 0.0f);
+  const Vec factor = broadcast(seen ? 1.0f / norm : 0.0f);
+  for (int c = 0; c < span.head_dim; c += kWidth) {
+    store_stored(out + c, mul(load(state.sums + row * padded + c), factor), span.head_dim - c);
+  }
+  span.lse[row * span.lse_stride] = seen ? (state.tops[row] + log2f(norm)) * kLn2 : -INFINITY;
+}
+
+inline int64_t padded_rows(int64_t num_queries) { return round_up(num_queries, kBlockRows); }
+inline int padded_dim(int head_dim) { return static_cast<int>(round_up(head_dim, kWidth)); }
+
+/// Where a span's parts lie in its scratch.
+struct SpanScratch {
+  SpanScratch(float* memory, int64_t num_queries, int head_dim) {
+    const int padded = padded_dim(head_dim);
+    const int64_t rows = padded_rows(num_queries);
+    state = {memory, memory + rows * padded, memory + rows * (padded + kWidth)};
+    queries = memory + rows * (padded + kWidth + kWidth);
+    keys = queries + rows * padded;
+    values = keys + int64_t{kStretchKeys} * padded;
+    size = (values - memory) + int64_t{kStretchKeys} * padded;
+  }
+  RunningSoftmax state;
+  float* queries;
+  float* keys;
+  float* values;
+  int64_t size;
+};
+
+inline int64_t varlen_scratch_size(int64_t num_queries, int head_dim) {
+  static float nowhere[1];
+  return SpanScratch(nowhere, num_queries, head_dim).size;
+}
+
+template <class Layout>
+inline void attend_span(const VarlenSpan& span) {
+  using Stored = typename Layout::Stored;
+  using Element = typename Layout::Product::Element;
+  const SpanScratch scratch(span.scratch, span.num_queries, span.head_dim);
+  const RunningSoftmax state = scratch.state;
+  const int padded = padded_dim(span.head_dim);
+  const int64_t depth = Layout::depth(span.head_dim);
+  const int64_t rows = padded_rows(span.num_queries);
+  const int64_t query_size = Layout::query_size(span.head_dim, padded);
+  auto* queries = reinterpret_cast<Element*>(scratch.queries);
+  auto* keys = reinterpret_cast<Element*>(scratch.keys);
+  auto* values = reinterpret_cast<Element*>(scratch.values);
+  memset(state.sums, 0, sizeof(float) * static_cast<size_t>(rows * (padded + kWidth)));
+  for (int64_t r = 0; r < rows; ++r) state.tops[r] = -INFINITY;
+  Layout::pack_queries(row_of<Stored>(span.q, 0), span.q.stride, span.num_queries, rows, span.head_dim,
+                       padded, queries);
+  const Vec scale = broadcast(span.scale * kLog2E);
+  for (int64_t begin = 0; begin < span.num_keys; begin += kStretchKeys) {
+    const int64_t count = smaller(kStretchKeys, span.num_keys - begin);
+    Layout::pack_keys(row_of<Stored>(span.k, begin), span.k.stride, count, span.head_dim, keys);
+    Layout::pack_values(row_of<Stored>(span.v, begin), span.v.stride, count, span.head_dim, padded, values);
+    for (int64_t block = 0; block < span.num_queries; block += kBlockRows) {
+      for (int64_t key = 0; key < count; key += Layout::kBlockKeys) {
+        const int num_keys = static_cast<int>(smaller(Layout::kBlockKeys, count - key));
+        for (int64_t row = block; row < smaller(block + kBlockRows, span.num_queries); row += kTileRows) {
+          attend_tile<Layout>(queries + row * query_size, query_size, keys + key * depth,
+                              values + key / Layout::Product::kTerms * Layout::values_row(padded), depth,
+                              padded, static_cast<int>(smaller(kTileRows, span.num_queries - row)), num_keys,
+                              scale,
+                              {state.sums + row * padded, state.norms + row * kWidth, state.tops + row});
+        }
+      }
+    }
+  }
+  for (int64_t row = 0; row < span.num_queries; ++row) {
+    if (row >= span.first_own) add_own_key<Stored>(span, row, padded, state);
+    finish_row<Stored>(span, row, padded, state);
+  }
+}
+
+}  // namespace
+}  // namespace scfm
