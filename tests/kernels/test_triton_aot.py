@@ -1,0 +1,44 @@
+"""Every kernel compiled ahead of time for sm_80, sm_90 and sm_100: nothing spills, products are on tensor cores."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+
+pytestmark = pytest.mark.compiled
+
+
+@cache
+def reports() -> list[dict]:
+    """One run of the command for all tests, in a process of its own: compiled even where others are interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "scfm.kernels.aot", "--json"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ran.stdout.startswith("["), ran.stderr[-4000:]
+    return json.loads(ran.stdout)
+
+
+def test_nothing_spills_and_products_use_the_tensor_cores() -> None:
+    assert [r for r in reports() if r["complaint"]] == []
+
+
+def test_shared_memory_fits_the_device() -> None:
+    limits = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+    assert [r for r in reports() if r["shared"] > limits[r["architecture"]]] == []
+
+
+@pytest.mark.parametrize(("architecture", "instruction"), [(80, "mma.sync"), (90, "wgmma"), (100, "tcgen05")])
+def test_attention_uses_the_newest_matrix_instructions(architecture: int, instruction: str) -> None:
+    found = [
+        r
+        for r in reports()
+        if r["architecture"] == architecture and r["name"].startswith("varlen_forward D=64")
+    ]
+    assert found
+    assert {r["matrix"] for r in found} == {instruction}
+    assert all(r["async_copies"] for r in found)
