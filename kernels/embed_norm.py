@@ -67,7 +67,9 @@ def backward(
     grads = [
         table_grads.table_gradient(dx, index, len(table)) for index, table in zip(ids, tables, strict=True)
     ]
-    return grads, None if addend is None else dx.float(), d_weight, d_bias
+    # Without a norm dx is the caller's own tensor, which an operator must not hand back.
+    d_addend = None if addend is None else dx.to(torch.float32, copy=weight is None)
+    return grads, d_addend, d_weight, d_bias
 
 
 def _through_norm(
