@@ -26,7 +26,7 @@ def inputs() -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def bench_favor(benchmark, inputs, dtype: torch.dtype, gradients: bool) -> None:
     *qkv, projection = inputs
-    q, k, v = (x.to(dtype).requires_grad_(gradients) for x in qkv)
+    q, k, v = (x.detach().clone().to(dtype).requires_grad_(gradients) for x in qkv)
     dense = [x.detach().transpose(0, 1)[None].contiguous().requires_grad_(gradients) for x in (q, k, v)]
 
     def ours() -> None:

@@ -13,7 +13,8 @@
 namespace scfm {
 namespace {
 
-constexpr std::int64_t kSpanQueries = 768;  // of one task, at most
+constexpr std::int64_t kSpanQueries = 768;                 // of one span, at most
+constexpr std::int64_t kTaskWork = std::int64_t{1} << 18;  // pairs of tokens; about a fifth of a millisecond
 
 const VarlenForwardKernels& kernels() {
 #ifdef SCFM_X86_SIMD
@@ -59,6 +60,22 @@ std::vector<Span> spans_of(const VarlenProblem& problem) {
   return spans;
 }
 
+/// Where each task begins among the spans, and their end. A task is a long span, or as many short ones as are
+/// worth handing to a thread: the heads of a cell then stay with one core, which has their rows in its cache.
+std::vector<std::size_t> tasks_of(const std::vector<Span>& spans) {
+  std::vector<std::size_t> starts;
+  std::int64_t work = kTaskWork;
+  for (std::size_t i = 0; i < spans.size(); ++i) {
+    if (work >= kTaskWork) {
+      starts.push_back(i);
+      work = 0;
+    }
+    work += spans[i].work;
+  }
+  starts.push_back(spans.size());
+  return starts;
+}
+
 const void* at(const VarlenProblem& problem, const VarlenTensor& tensor, std::int64_t row,
                std::int64_t head) {
   const std::int64_t offset = row * tensor.row_stride + head * tensor.head_stride;
@@ -90,7 +107,8 @@ VarlenSpan describe(const VarlenProblem& problem, const Span& span, const Varlen
           generative ? std::clamp<std::int64_t>(known_here, 0, span.count) : span.count,
           static_cast<int>(problem.head_dim),
           problem.scale,
-          scratch};
+          scratch,
+          nullptr};
 }
 
 }  // namespace
@@ -120,14 +138,26 @@ void varlen_forward(const VarlenProblem& problem, const VarlenTensor& out, float
   std::int64_t longest = 0;
   for (const Span& span : spans) longest = std::max(longest, span.count);
   const std::int64_t size = table.scratch_size(longest, static_cast<int>(problem.head_dim)) + 64;
+  const std::vector<std::size_t> starts = tasks_of(spans);
+  const auto num_tasks = static_cast<std::int64_t>(starts.size()) - 1;
   const int workers =
-      static_cast<int>(std::min<std::int64_t>(num_threads(), std::max<std::size_t>(spans.size(), 1)));
+      static_cast<int>(std::min<std::int64_t>(num_threads(), std::max<std::int64_t>(num_tasks, 1)));
   AlignedBuffer<float> scratch;
   scratch.reserve(size * workers);
-  parallel_for(static_cast<std::int64_t>(spans.size()), workers, [&](std::int64_t i, int worker) {
-    const VarlenSpan span =
-        describe(problem, spans[static_cast<std::size_t>(i)], out, lse, scratch.data() + size * worker);
-    (problem.is_bf16 ? table.span_bf16 : table.span_f32)(span);
+  parallel_for(num_tasks, workers, [&](std::int64_t task, int worker) {
+    const std::size_t first = starts[static_cast<std::size_t>(task)];
+    const std::size_t last = starts[static_cast<std::size_t>(task) + 1];
+    const auto described = [&](std::size_t i) {
+      return describe(problem, spans[i], out, lse, scratch.data() + size * worker);
+    };
+    VarlenSpan span = described(first);
+    for (std::size_t i = first; i < last; ++i) {
+      const bool more = i + 1 < last;
+      const VarlenSpan next = described(more ? i + 1 : i);
+      span.next = more ? &next : nullptr;
+      (problem.is_bf16 ? table.span_bf16 : table.span_f32)(span);
+      span = next;
+    }
   });
 }
 

@@ -33,6 +33,7 @@ struct VarlenSpan {
   int head_dim;
   float scale;
   float* scratch;
+  const VarlenSpan* next;  // what this thread computes after it, to be fetched meanwhile; or none
 };
 
 struct VarlenForwardKernels {

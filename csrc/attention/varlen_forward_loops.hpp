@@ -87,16 +87,17 @@ inline void score_tile(const typename Layout::Product::Element* queries, int64_t
   }
 }
 
-/// Scores of one row to weights relative to the new maximum; earlier sums are rescaled to it.
-template <class Layout>
-inline void weigh_row(const float* scores, int num_vectors, typename Layout::Product::Element* weights,
-                      int padded, float* sums, float* norm, float* top) {
+inline float highest_of(const float* scores, int num_vectors) {
   Vec most = load(scores);
   for (int i = 1; i < num_vectors; ++i) most = max(most, load(scores + i * kWidth));
-  const float before = *top;
-  const float highest = reduce_max(most);
-  const float now = highest > before ? highest : before;
-  const Vec origin = broadcast(now);
+  return reduce_max(most);
+}
+
+/// Scores of one row to weights relative to `top`; returns their sum, in parts.
+template <class Layout>
+inline Vec weigh_row(const float* scores, int num_vectors, float top,
+                     typename Layout::Product::Element* weights) {
+  const Vec origin = broadcast(top);
   Vec total = zero_vec();
   for (int i = 0; i < num_vectors; i += 2) {
     const Vec low = Layout::exponential(sub(load(scores + i * kWidth), origin));
@@ -107,6 +108,17 @@ inline void weigh_row(const float* scores, int num_vectors, typename Layout::Pro
     total = add(total, add(low, high));
     Layout::store_weights(weights + i * kWidth / Layout::Product::kTerms, low, high);
   }
+  return total;
+}
+
+/// The same beside earlier blocks of keys: what was summed before is rescaled to the new maximum.
+template <class Layout>
+inline void merge_row(const float* scores, int num_vectors, typename Layout::Product::Element* weights,
+                      int padded, float* sums, float* norm, float* top) {
+  const float before = *top;
+  const float highest = highest_of(scores, num_vectors);
+  const float now = highest > before ? highest : before;
+  Vec total = weigh_row<Layout>(scores, num_vectors, now, weights);
   if (now != before) {
     const Vec factor = broadcast(exp2f(before - now));
     for (int c = 0; c < padded; c += kWidth) store(sums + c, mul(load(sums + c), factor));
@@ -116,6 +128,15 @@ inline void weigh_row(const float* scores, int num_vectors, typename Layout::Pro
     total = add(load(norm), total);
   }
   store(norm, total);
+}
+
+/// Calls body(Count<vectors>, first column) for every stretch of columns that a tile's registers hold.
+template <class Body>
+inline void for_column_tiles(int padded, Body body) {
+  for (int first = 0; first < padded; first += kTileColumns) {
+    with_count<kTileVectors>(static_cast<int>(smaller(kTileVectors, (padded - first) / kWidth)),
+                             [&](auto vectors) { body(vectors, first); });
+  }
 }
 
 /// A tile of queries and a block of keys.
@@ -132,7 +153,7 @@ inline void attend_tile(const typename Layout::Product::Element* queries, int64_
   const int vectors = vectors_for(num_keys);
   for (int r = 0; r < kTileRows; ++r) {
     if (r < num_rows) {
-      weigh_row<Layout>(scores + r * Layout::kBlockKeys, vectors, weights + r * kWeightsRow, padded,
+      merge_row<Layout>(scores + r * Layout::kBlockKeys, vectors, weights + r * kWeightsRow, padded,
                         state.sums + static_cast<int64_t>(r) * padded, state.norms + r * kWidth,
                         state.tops + r);
     } else {
@@ -140,24 +161,21 @@ inline void attend_tile(const typename Layout::Product::Element* queries, int64_
     }
   }
   const int64_t steps = (num_keys + Layout::Product::kTerms - 1) / Layout::Product::kTerms;
-  for (int first = 0; first < padded; first += kTileColumns) {
-    with_count<kTileVectors>(
-        static_cast<int>(smaller(kTileVectors, (padded - first) / kWidth)), [&](auto count) {
-          constexpr int kVectors = decltype(count)::value;
-          Vec sums[kTileRows][kVectors];
-          for (int r = 0; r < kTileRows; ++r) {
-            for (int c = 0; c < kVectors; ++c)
-              sums[r][c] = load(state.sums + static_cast<int64_t>(r) * padded + first + c * kWidth);
-          }
-          add_tile<typename Layout::Product, kVectors>(weights, kWeightsRow, 1, values + first,
-                                                       Layout::values_row(padded), steps, sums);
-          for (int r = 0; r < kTileRows; ++r) {
-            for (int c = 0; c < kVectors; ++c) {
-              store(state.sums + static_cast<int64_t>(r) * padded + first + c * kWidth, sums[r][c]);
-            }
-          }
-        });
-  }
+  for_column_tiles(padded, [&](auto count, int first) {
+    constexpr int kVectors = decltype(count)::value;
+    Vec sums[kTileRows][kVectors];
+    for (int r = 0; r < kTileRows; ++r) {
+      for (int c = 0; c < kVectors; ++c)
+        sums[r][c] = load(state.sums + static_cast<int64_t>(r) * padded + first + c * kWidth);
+    }
+    add_tile<typename Layout::Product, kVectors>(weights, kWeightsRow, 1, values + first,
+                                                 Layout::values_row(padded), steps, sums);
+    for (int r = 0; r < kTileRows; ++r) {
+      for (int c = 0; c < kVectors; ++c) {
+        store(state.sums + static_cast<int64_t>(r) * padded + first + c * kWidth, sums[r][c]);
+      }
+    }
+  });
 }
 
 template <class Stored>
@@ -189,19 +207,90 @@ inline void add_own_key(const VarlenSpan& span, int64_t row, int padded, Running
   state.tops[row] = now;
 }
 
+/// Writes a row's log-sum-exp; returns what its sums are to be multiplied by.
+inline float finish_softmax(const VarlenSpan& span, int64_t row, float top, float norm) {
+  const bool seen = top != -INFINITY || !(norm == 0.0f);
+  span.lse[row * span.lse_stride] = seen ? (top + log2f(norm)) * kLn2 : -INFINITY;
+  return seen ? 1.0f / norm : 0.0f;
+}
+
 template <class Stored>
 inline void finish_row(const VarlenSpan& span, int64_t row, int padded, RunningSoftmax state) {
   Stored* out = static_cast<Stored*>(span.out) + row * span.out_stride;
   const float norm = reduce_add(load(state.norms + row * kWidth));
-  const bool seen = state.tops[row] != -INFINITY || !(norm == 0.0f);
-  const Vec factor = broadcast(seen ? 1.0f / norm : 0.0f);
+  const Vec factor = broadcast(finish_softmax(span, row, state.tops[row], norm));
   for (int c = 0; c < span.head_dim; c += kWidth) {
     store_stored(out + c, mul(load(state.sums + row * padded + c), factor), span.head_dim - c);
   }
-  span.lse[row * span.lse_stride] = seen ? (state.tops[row] + log2f(norm)) * kLn2 : -INFINITY;
 }
 
-inline int64_t padded_rows(int64_t num_queries) { return round_up(num_queries, kBlockRows); }
+/// A tile of queries and all their keys, where these are one block: sums go from registers to the output.
+template <class Layout>
+inline void attend_only_block(const VarlenSpan& span, const typename Layout::Product::Element* queries,
+                              int64_t query_stride, const typename Layout::Product::Element* keys,
+                              const typename Layout::Product::Element* values, int64_t depth, int padded,
+                              int64_t first_row, Vec scale) {
+  using Stored = typename Layout::Stored;
+  using Element = typename Layout::Product::Element;
+  constexpr int kWeightsRow = Layout::kBlockKeys / Layout::Product::kTerms;
+  alignas(64) float scores[kTileRows * Layout::kBlockKeys];
+  alignas(64) Element weights[kTileRows * kWeightsRow];
+  const int num_keys = static_cast<int>(span.num_keys);
+  const int num_rows = static_cast<int>(smaller(kTileRows, span.num_queries - first_row));
+  const int vectors = vectors_for(num_keys);
+  score_tile<Layout>(queries, query_stride, keys, depth, num_keys, scale, scores);
+  float factors[kTileRows];
+  for (int r = 0; r < kTileRows; ++r) {
+    if (r < num_rows) {
+      const float* row = scores + r * Layout::kBlockKeys;
+      const float highest = highest_of(row, vectors);
+      const float top = highest > -INFINITY ? highest : -INFINITY;
+      const Vec norm = weigh_row<Layout>(row, vectors, top, weights + r * kWeightsRow);
+      factors[r] = finish_softmax(span, first_row + r, top, reduce_add(norm));
+    } else {
+      memset(weights + r * kWeightsRow, 0, sizeof(Element) * kWeightsRow);
+    }
+  }
+  const int64_t steps = (num_keys + Layout::Product::kTerms - 1) / Layout::Product::kTerms;
+  for_column_tiles(padded, [&](auto count, int first) {
+    constexpr int kVectors = decltype(count)::value;
+    Vec sums[kTileRows][kVectors];
+    for (int r = 0; r < kTileRows; ++r) {
+      for (int c = 0; c < kVectors; ++c) sums[r][c] = zero_vec();
+    }
+    add_tile<typename Layout::Product, kVectors>(weights, kWeightsRow, 1, values + first,
+                                                 Layout::values_row(padded), steps, sums);
+    for (int r = 0; r < num_rows; ++r) {
+      Stored* out = static_cast<Stored*>(span.out) + (first_row + r) * span.out_stride + first;
+      for (int c = 0; c < kVectors; ++c) {
+        const Vec mixed = mul(sums[r][c], broadcast(factors[r]));
+        store_stored(out + c * kWidth, mixed, span.head_dim - first - c * kWidth);
+      }
+    }
+  });
+}
+
+/// A few rows of the next span on their way into the second-level cache. Rows of one head lie kilobytes
+/// apart, which no processor foresees, and in short cells waiting for them would take as long as the
+/// products.
+template <class Stored>
+inline void fetch_rows(const AttentionRows& rows, int64_t first, int64_t last, int head_dim) {
+  constexpr int kLine = 64 / sizeof(Stored);
+  for (int64_t r = first; r < last; ++r) {
+    for (int c = 0; c < head_dim; c += kLine) __builtin_prefetch(row_of<Stored>(rows, r) + c, 0, 2);
+  }
+}
+
+template <class Stored>
+[[gnu::always_inline]] inline void fetch_part(const VarlenSpan& span, int64_t first) {
+  const int64_t queries = smaller(first + kTileRows, span.num_queries);
+  const int64_t keys = smaller(first + kTileRows, span.num_keys);
+  fetch_rows<Stored>(span.q, first, queries, span.head_dim);
+  fetch_rows<Stored>(span.k, first, keys, span.head_dim);
+  fetch_rows<Stored>(span.v, first, keys, span.head_dim);
+}
+
+inline int64_t padded_rows(int64_t num_queries) { return round_up(num_queries, kTileRows); }
 inline int padded_dim(int head_dim) { return static_cast<int>(round_up(head_dim, kWidth)); }
 
 /// Where a span's parts lie in its scratch.
@@ -240,11 +329,23 @@ inline void attend_span(const VarlenSpan& span) {
   auto* queries = reinterpret_cast<Element*>(scratch.queries);
   auto* keys = reinterpret_cast<Element*>(scratch.keys);
   auto* values = reinterpret_cast<Element*>(scratch.values);
-  memset(state.sums, 0, sizeof(float) * static_cast<size_t>(rows * (padded + kWidth)));
-  for (int64_t r = 0; r < rows; ++r) state.tops[r] = -INFINITY;
   Layout::pack_queries(row_of<Stored>(span.q, 0), span.q.stride, span.num_queries, rows, span.head_dim,
                        padded, queries);
   const Vec scale = broadcast(span.scale * kLog2E);
+  const bool fetches = span.next != nullptr;
+  if (0 < span.num_keys && span.num_keys <= Layout::kBlockKeys && span.first_own == span.num_queries) {
+    Layout::pack_keys(row_of<Stored>(span.k, 0), span.k.stride, span.num_keys, span.head_dim, keys);
+    Layout::pack_values(row_of<Stored>(span.v, 0), span.v.stride, span.num_keys, span.head_dim, padded,
+                        values);
+    for (int64_t row = 0; row < span.num_queries; row += kTileRows) {
+      if (fetches) fetch_part<Stored>(*span.next, row);
+      attend_only_block<Layout>(span, queries + row * query_size, query_size, keys, values, depth, padded,
+                                row, scale);
+    }
+    return;
+  }
+  memset(state.sums, 0, sizeof(float) * static_cast<size_t>(rows * (padded + kWidth)));
+  for (int64_t r = 0; r < rows; ++r) state.tops[r] = -INFINITY;
   for (int64_t begin = 0; begin < span.num_keys; begin += kStretchKeys) {
     const int64_t count = smaller(kStretchKeys, span.num_keys - begin);
     Layout::pack_keys(row_of<Stored>(span.k, begin), span.k.stride, count, span.head_dim, keys);
@@ -253,6 +354,7 @@ inline void attend_span(const VarlenSpan& span) {
       for (int64_t key = 0; key < count; key += Layout::kBlockKeys) {
         const int num_keys = static_cast<int>(smaller(Layout::kBlockKeys, count - key));
         for (int64_t row = block; row < smaller(block + kBlockRows, span.num_queries); row += kTileRows) {
+          if (fetches && begin + key == 0) fetch_part<Stored>(*span.next, row);
           attend_tile<Layout>(queries + row * query_size, query_size, keys + key * depth,
                               values + key / Layout::Product::kTerms * Layout::values_row(padded), depth,
                               padded, static_cast<int>(smaller(kTileRows, span.num_queries - row)), num_keys,
