@@ -2,7 +2,7 @@
 
 Two layouts are known. scfm's own has an ``scfm`` section in config.json with a format version, so that a
 folder from a newer scfm is refused with the right advice instead of being half understood. The authors'
-layout is recognised by what their config.json says.
+layouts are recognised by what their config.json says (Geneformer) or by their args.json (scGPT).
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from scfm.models.weights import WEIGHT_FILES, file_sha256
 __all__ = ["FAMILIES", "FORMAT_VERSION", "FolderKind", "check_sha256", "inspect_folder"]
 
 FORMAT_VERSION = 1
-FAMILIES = ("geneformer",)
+FAMILIES = ("geneformer", "scgpt")
 MAX_CONFIG_BYTES = 4 << 20
 _FAMILY_OF_MODEL_TYPE = {"bert": "geneformer"}
+_SCGPT_WEIGHTS = ("best_model.pt", *WEIGHT_FILES)
+_SCGPT_ARGS = ("embsize", "nlayers", "nheads")
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
 _UPGRADE = "Upgrade with `pip install -U scfm`."
 
@@ -30,8 +32,8 @@ _UPGRADE = "Upgrade with `pip install -U scfm`."
 class FolderKind:
     """A recognised model folder.
 
-    layout: "scfm" (saved by this library) or "authors". config: the object in config.json. weights: the
-    file that would be read. format_version: of scfm's layout, None for the authors'.
+    layout: "scfm" (saved by this library) or "authors". config: the object in config.json, of scGPT's authors that
+    in args.json. weights: the file that would be read. format_version: of scfm's layout, None for the authors'.
     """
 
     folder: Path
@@ -57,22 +59,45 @@ def inspect_folder(
         )
     if not path.exists():
         raise MissingFileError("no such file or folder", path=path)
+    if family is not None and family not in FAMILIES:
+        raise VersionError(_unknown(family), where="family", hint=_UPGRADE)
     folder = path if path.is_dir() else path.parent
     config_path = folder / "config.json"
+    released = _released_scgpt(path, folder, family)
+    if released is not None:
+        if sha256 is not None:
+            check_sha256(released.weights, sha256)
+        return released
     if not config_path.is_file():
         raise MissingFileError(
-            f"no model in this folder; looked for config.json and {', '.join(WEIGHT_FILES)}", path=folder
+            f"no model in this folder; looked for config.json and {', '.join(WEIGHT_FILES)}, and for scGPT's "
+            "args.json and best_model.pt",
+            path=folder,
         )
     config = load_json(config_path, max_bytes=MAX_CONFIG_BYTES)
     layout, found, version = _family_of(config, config_path)
-    if family is not None and family not in FAMILIES:
-        raise VersionError(_unknown(family), where="family", hint=_UPGRADE)
     if family not in (None, found):
         raise FormatError(f"holds a {found} model, not {family}", path=folder)
     weights = _weights_in(folder) if path.is_dir() else path
     if sha256 is not None:
         check_sha256(weights, sha256)
     return FolderKind(folder, layout, found, config, weights, version)
+
+
+def _released_scgpt(path: Path, folder: Path, family: str | None) -> FolderKind | None:
+    """scGPT as its authors release it: args.json names the family, or else the caller does."""
+    if (folder / "config.json").is_file() or family not in (None, "scgpt"):
+        return None
+    args_path = folder / "args.json"
+    args = load_json(args_path, max_bytes=MAX_CONFIG_BYTES) if args_path.is_file() else {}
+    if family is None and not all(key in args for key in _SCGPT_ARGS):
+        return None
+    weights = path
+    if path.is_dir():
+        weights = next((folder / name for name in _SCGPT_WEIGHTS if (folder / name).is_file()), folder)
+    if weights.is_dir():
+        raise MissingFileError(f"no weights; looked for {', '.join(_SCGPT_WEIGHTS)}", path=folder)
+    return FolderKind(folder, "authors", "scgpt", args, weights)
 
 
 def check_sha256(weights: Path, pinned: str | Mapping[str, str]) -> None:

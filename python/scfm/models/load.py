@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from scfm.errors import InvalidArgumentError, MissingFileError
 from scfm.models.base import FoundationModel
-from scfm.models.folder import inspect_folder
+from scfm.models.folder import FolderKind, inspect_folder
 from scfm.models.geneformer.checkpoint import load_geneformer
 from scfm.models.hub import resolve
 from scfm.models.nn.precision import resolve_device
+from scfm.models.scgpt.checkpoint import load_scgpt
 from scfm.tokenize.dictionaries import GeneformerDictionaries
+from scfm.tokenize.scgpt_vocab import ScgptVocab
 
 _SHIPPED = "scfm-mini"
 
@@ -23,7 +27,7 @@ def load(
     family: str | None = None,
     variant: str | None = None,
     dictionaries: str | Path | GeneformerDictionaries | None = None,
-    genes: str | Path | list[str] | None = None,
+    genes: str | Path | list[str] | ScgptVocab | None = None,
     version: str | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
@@ -31,16 +35,20 @@ def load(
     revision: str | None = None,
     sha256: str | None = None,
     trust_pickle: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> FoundationModel:
     """Load a model: the authors' folder, a folder saved by scfm, or a hub id ("owner/name[/subfolder]").
 
-    A weights file with its config.json beside it works too.
+    A weights file with its config.json beside it works too, and with ``family=`` one without.
 
     dictionaries: Geneformer's token, median, name and mapping dictionaries (folder or token-dictionary file),
     looked for beside the model when not given; version: "V1" or "V2" where no dictionary tells. dtype: of
     matrix products, "auto" being bfloat16 where the hardware multiplies it natively, "float32" for exactness.
     revision, sha256: pin a hub commit and the weights' checksum. trust_pickle: run the code that an old
-    checkpoint may hold; never done otherwise. family, variant and genes matter to other families only.
+    checkpoint may hold; never done otherwise. family: only where the folder does not tell it.
+    genes: scGPT's vocab.json, where it does not lie beside the weights. options: keyword arguments that the
+    original's constructor was given, of what scGPT's args.json and weights do not tell, such as
+    {"cell_emb_style": "avg-pool"}; they may also lie in model_kwargs.json beside the weights.
     The model comes in evaluation mode; ``model.load_report`` accounts for every tensor. Raises a ScfmError
     that names the file and the key.
     """
@@ -48,21 +56,40 @@ def load(
         raise MissingFileError(
             "this version ships no pretrained model", path=_SHIPPED, hint="Give a folder or a hub id."
         )
-    for name, value in (("variant", variant), ("genes", genes)):
-        if value is not None:
-            raise InvalidArgumentError("is not used by Geneformer", where=name)
-    if dictionaries is not None and not isinstance(dictionaries, str | Path | GeneformerDictionaries):
-        raise InvalidArgumentError(
-            f"is a {type(dictionaries).__name__}; expected a folder or file", where="dictionaries"
-        )
     target = resolve_device(device)
     resolved = resolve(path, revision=revision, sha256=sha256)
     found = inspect_folder(resolved.folder, family=family)
     with torch.inference_mode(False):  # parameters made inside inference_mode could never be trained or cast
-        model = load_geneformer(
-            found.folder, found.weights, dictionaries=dictionaries, version=version, trust_pickle=trust_pickle
-        )
+        if found.family == "scgpt":
+            _refuse(found, variant=variant, dictionaries=dictionaries, version=version)
+            if isinstance(genes, list):
+                raise InvalidArgumentError("scGPT needs vocab.json, which numbers the genes", where="genes")
+            model: FoundationModel = load_scgpt(
+                found, options=options, vocab=genes, trust_pickle=trust_pickle
+            )
+        else:
+            _refuse(found, variant=variant, genes=genes, options=options)
+            model = _load_geneformer(found, dictionaries, version, trust_pickle)
     model.source = "/".join(filter(None, (resolved.repo_id, resolved.subfolder))) or str(found.folder)
     if model.load_report is not None:
         model.load_report = replace(model.load_report, revision=resolved.revision)
     return model.to(target).set_compute_dtype(dtype)
+
+
+def _load_geneformer(
+    found: FolderKind, dictionaries: Any, version: str | None, trust_pickle: bool
+) -> FoundationModel:
+    if dictionaries is not None and not isinstance(dictionaries, str | Path | GeneformerDictionaries):
+        raise InvalidArgumentError(
+            f"is a {type(dictionaries).__name__}; expected a folder or file", where="dictionaries"
+        )
+    return load_geneformer(
+        found.folder, found.weights, dictionaries=dictionaries, version=version, trust_pickle=trust_pickle
+    )
+
+
+def _refuse(found: FolderKind, **arguments: object) -> None:
+    """Arguments that the family has no use for would be mistakes."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise InvalidArgumentError(f"is not used by {found.family}", where=name, path=found.folder)

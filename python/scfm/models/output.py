@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cached_property
 
 import torch
@@ -28,11 +29,16 @@ class ModelOutput:
         self.hidden = hidden
         self.hidden_states = hidden_states
         self._head = head
+        self._with_gradients = torch.is_grad_enabled()
 
     @cached_property
     def logits(self) -> Tensor:
         if self._head is None:
             raise AttributeError("this model has no masked-gene head")
-        # Read outside the caller's no_grad or inference_mode, the head must still follow the forward's choice.
-        with torch.set_grad_enabled(self.hidden.requires_grad):
+        with self.as_in_forward():
             return self._head(self.hidden)
+
+    def as_in_forward(self) -> AbstractContextManager[None]:
+        """Within: gradients are kept if the forward kept them, wherever a head is read."""
+        manager: AbstractContextManager[None] = torch.set_grad_enabled(self._with_gradients)
+        return manager

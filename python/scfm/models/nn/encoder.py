@@ -38,11 +38,15 @@ class EncoderLayer(nn.Module):
         activation: str = "relu",
         norm_eps: float = 1e-12,
         dropout: float = 0.0,
+        inner_dropout: bool = False,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = hidden_size // num_heads
         self.dropout = dropout
+        self.inner_dropout = (
+            inner_dropout  # also between the two products of the feed-forward: torch's layer, not BERT's
+        )
         self.activation = activation
         self.qkv = Linear(hidden_size, 3 * hidden_size)
         self.attention_out = Linear(hidden_size, hidden_size)
@@ -84,23 +88,34 @@ class EncoderLayer(nn.Module):
         return qkv.view(-1, 3, self.num_heads, self.head_dim)
 
     def _after_attention(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        attended = attended.flatten(1)
-        if torch.is_grad_enabled() or len(hidden) <= ROWS_AT_ONCE:
-            return self._rows_after_attention(hidden, attended)
-        out = torch.empty_like(hidden)
-        for start in range(0, len(hidden), ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
-            out[rows] = self._rows_after_attention(hidden[rows], attended[rows])
-        return out
+        return by_rows(self._rows_after_attention, hidden, attended.flatten(1))
 
     def _rows_after_attention(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        hidden = self.attention_norm(hidden + self._drop(self.attention_out(attended)))
+        return self._rows_after_projection(hidden, self.attention_out(attended))
+
+    def _rows_after_projection(self, hidden: Tensor, projected: Tensor) -> Tensor:
+        hidden = self.attention_norm(hidden + self._drop(projected))
+        out: Tensor = self.ffn_norm(hidden + self._drop(self._feed_forward(hidden)))
+        return out
+
+    def _feed_forward(self, hidden: Tensor) -> Tensor:
         if self.activation == "relu":
             inner = self.ffn_in(hidden, relu=True)
         else:
             inner = ACTIVATIONS[self.activation](self.ffn_in(hidden))
-        out: Tensor = self.ffn_norm(hidden + self._drop(self.ffn_out(inner)))
+        out: Tensor = self.ffn_out(self._drop(inner) if self.inner_dropout else inner)
         return out
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.training and self.dropout else x
+
+
+def by_rows(step: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, other: Tensor) -> Tensor:
+    """``step`` of two tensors with a row a token, a block of rows at a time where no gradient is kept."""
+    if torch.is_grad_enabled() or len(hidden) <= ROWS_AT_ONCE:
+        return step(hidden, other)
+    out = torch.empty_like(hidden)
+    for start in range(0, len(hidden), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        out[rows] = step(hidden[rows], other[rows])
+    return out
