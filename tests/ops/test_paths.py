@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
 from scfm.errors import InvalidArgumentError
-from scfm.ops import native, paths
+from scfm.ops import native, paths, triton_kernels
 
 
 @pytest.fixture
@@ -34,10 +36,52 @@ def test_every_path_says_why() -> None:
 def test_a_forced_path_is_taken_or_nothing_is() -> None:
     with paths.use_path("made_up", "slow"):
         assert paths.choose("made_up", torch.zeros(2, 4)) == "slow"
-        assert [v.why for v in paths.explain("made_up", torch.zeros(2, 4)) if v.chosen] == ["forced"]
+        verdicts = paths.explain("made_up", torch.zeros(2, 4))
+        assert [(v.chosen, v.why) for v in verdicts] == [(False, "slow is forced"), (True, "forced")]
     with paths.use_path("made_up", "fast"), pytest.raises(InvalidArgumentError, match="fast: too wide"):
         paths.choose("made_up", torch.zeros(2, 5))
     assert paths.choose("made_up", torch.zeros(2, 4)) == "fast"
+
+
+@pytest.mark.usefixtures("table")
+def test_a_forced_path_holds_in_every_thread() -> None:
+    """autograd runs the backward of GPU tensors in threads of its own, which know no context of the caller's."""
+    seen: list[str] = []
+    with paths.use_path("made_up", "slow"):
+        thread = threading.Thread(target=lambda: seen.append(paths.choose("made_up", torch.zeros(2, 4))))
+        thread.start()
+        thread.join()
+    assert seen == ["slow"]
+
+
+@pytest.mark.usefixtures("table")
+def test_the_innermost_forced_path_holds_and_leaves_the_others() -> None:
+    outer, inner = paths.use_path("made_up", "slow"), paths.use_path("made_up", "fast")
+    narrow = torch.zeros(2, 4)
+    with outer:
+        with inner:
+            assert paths.choose("made_up", narrow) == "fast"
+        assert paths.choose("made_up", narrow) == "slow"
+    first, second = paths.use_path("made_up", "fast"), paths.use_path("made_up", "slow")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)  # as another thread may, before the one that came later
+    assert paths.choose("made_up", narrow) == "slow"
+    second.__exit__(None, None, None)
+    assert paths.choose("made_up", narrow) == "fast"
+
+
+def test_the_order_has_a_reason_on_every_device() -> None:
+    assert set(paths.ORDER) == {"cpu", "cuda"} and all(paths.ORDER.values())
+
+
+def test_the_interpreter_takes_tensors_of_the_cpu_and_no_others(monkeypatch) -> None:
+    monkeypatch.setattr(triton_kernels, "interpreted", lambda: True)
+    monkeypatch.setattr(triton_kernels, "missing", lambda: None)
+    assert triton_kernels.objection(torch.zeros(1, 1, 16)) is None
+    assert "interpreted" in (triton_kernels.objection(torch.zeros(1, 1, 16, device="meta")) or "")
+    monkeypatch.setattr(triton_kernels, "interpreted", lambda: False)
+    assert triton_kernels.objection(torch.zeros(1, 1, 16)) == "computes on a GPU"
 
 
 @pytest.mark.parametrize(("operator", "path"), [("made_up_too", "torch"), ("varlen_attention", "abacus")])
