@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 import scfm
+from scfm.cli.doctor import _joined
 from scfm.cli.main import app
 
 runner = CliRunner()
@@ -108,10 +109,29 @@ def test_doctor_names_the_paths() -> None:
         assert all(verdict["why"] and verdict["what"] for verdict in verdicts)
 
 
+def test_doctor_explains_every_device_and_dtype() -> None:
+    facts = run_json("doctor")
+    assert "cpu" in facts["paths"] and facts["device"] in facts["paths"]
+    for of_device in facts["paths"].values():
+        assert of_device["order"]
+        for name, by_dtype in of_device["operators"].items():
+            assert list(by_dtype) == ["float32", "bfloat16", "float16"]
+            orders = [[verdict["path"] for verdict in verdicts] for verdicts in by_dtype.values()]
+            assert orders[0] == orders[1] == orders[2], name
+            assert all(sum(v["chosen"] for v in verdicts) == 1 for verdicts in by_dtype.values())
+
+
 def test_doctor_prints_the_path_of_every_operator() -> None:
     shown = runner.invoke(app, ["doctor"]).output
-    assert re.search(r"varlen_attention -> \w+: the fastest that can", shown)
-    assert re.search(r"triton: (computes on a GPU|slower than|needs|triton)", shown)
+    assert "Operators on cpu" in shown and "Their order: our C++ kernels before torch's" in shown
+    assert re.search(r"varlen_attention -> (native|torch)\n", shown)
+    assert re.search(r"-> \w+, [^\n]+: the fastest that can", shown)
+    assert re.search(r"triton, scfm's Triton kernels: (computes on a GPU|needs|triton)", shown)
+
+
+def test_doctor_groups_dtypes_that_share_a_reason() -> None:
+    assert _joined({"float32": "a", "bfloat16": "b", "float16": "b"}) == "a (float32); b (bfloat16, float16)"
+    assert _joined({"float32": "a", "bfloat16": "a"}) == "a"
 
 
 def test_pretrain_from_settings(tiny_adata, tmp_path) -> None:

@@ -1,4 +1,9 @@
-"""``scfm doctor``: what this machine offers and which path each computation will take."""
+"""``scfm doctor``: what this machine offers and which path each computation will take, and why.
+
+Paths are asked for every device that is here and every dtype that models compute in; where one is not taken, the
+reason is its own words. With --json the same under "paths", and under "operators" those of the default device and
+dtype.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +18,12 @@ from scfm.cli.console import emit, reporting, say
 if TYPE_CHECKING:
     import torch
 
-_PACKAGES = ("torch", "triton", "numpy", "anndata", "h5py", "safetensors", "scanpy", "huggingface-hub")
+_PACKAGES = (
+    "torch", "triton", "flash-attn", "numpy", "anndata", "h5py", "safetensors", "scanpy", "huggingface-hub"
+)  # fmt: skip
 _HEAD_DIM = 64
+_DTYPES = ("float32", "bfloat16", "float16")
+Verdicts = list[dict[str, Any]]
 
 
 def doctor(as_json: options.Json = False) -> None:
@@ -24,16 +33,40 @@ def doctor(as_json: options.Json = False) -> None:
         if as_json:
             emit({"ok": True, **facts})
             return
-        operators = facts.pop("operators")
+        del facts["operators"]
+        found = facts.pop("paths")
         for name, value in facts.items():
             shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
             say(f"{name:>18}: {shown}")
-        say(f"\nOperators on {facts['device']}, {facts['dtype auto']}, head_dim {_HEAD_DIM}:")
-        for name, verdicts in operators.items():
-            for verdict in verdicts:
-                shown = name if verdict["chosen"] else ""
-                mark = "->" if verdict["chosen"] else "  "
-                say(f"{shown:>22} {mark} {verdict['path']}: {verdict['why']} ({verdict['what']})")
+        for device, of_device in found.items():
+            _say_paths(device, of_device)
+
+
+def _say_paths(device: str, of_device: dict[str, Any]) -> None:
+    """A line an operator with what computes each dtype, then a line a path with why."""
+    say(
+        f"\nOperators on {device}, head_dim {_HEAD_DIM}. The first path without an objection is taken, from the top."
+    )
+    say(f"Their order: {of_device['order']}.")
+    for name, by_dtype in of_device["operators"].items():
+        chosen = {
+            dtype: next(v["path"] for v in verdicts if v["chosen"]) for dtype, verdicts in by_dtype.items()
+        }
+        say(f"\n{name:>22} -> {_joined(chosen)}")
+        for row, first in enumerate(by_dtype[_DTYPES[0]]):
+            reasons = {dtype: verdicts[row]["why"] for dtype, verdicts in by_dtype.items()}
+            mark = "->" if first["path"] in chosen.values() else "  "
+            say(f"{'':>22} {mark} {first['path']}, {first['what']}: {_joined(reasons)}")
+
+
+def _joined(by_dtype: dict[str, str]) -> str:
+    """{"float32": "a", "bfloat16": "b", "float16": "b"} as "a (float32); b (bfloat16, float16)"."""
+    dtypes: dict[str, list[str]] = {}
+    for dtype, text in by_dtype.items():
+        dtypes.setdefault(text, []).append(dtype)
+    if len(dtypes) == 1:
+        return next(iter(dtypes))
+    return "; ".join(f"{text} ({', '.join(names)})" for text, names in dtypes.items())
 
 
 def machine_facts() -> dict[str, Any]:
@@ -46,6 +79,8 @@ def machine_facts() -> dict[str, Any]:
     from scfm.ops.products import float32_path
 
     device = resolve_device("auto")
+    dtype = str(resolve_dtype("auto", device)).removeprefix("torch.")
+    paths = {str(place): paths_on(place) for place in dict.fromkeys([device, torch.device("cpu")])}
     return {
         "scfm": scfm.__version__,
         "python": platform.python_version(),
@@ -59,25 +94,54 @@ def machine_facts() -> dict[str, Any]:
         },
         "torch threads": torch.get_num_threads(),
         "device": str(device),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "dtype auto": str(resolve_dtype("auto", device)).removeprefix("torch."),
+        "gpu": _gpu(),
+        "CUDA kernels": _cuda_module(),
+        "dtype auto": dtype,
         "float32 products": float32_path(device),
-        "operators": operator_paths(device, resolve_dtype("auto", device)),
+        "operators": {
+            name: sorted(of[dtype], key=lambda verdict: not verdict["chosen"])
+            for name, of in paths[str(device)]["operators"].items()
+        },
+        "paths": paths,
     }
 
 
-def operator_paths(device: torch.device, dtype: torch.dtype) -> dict[str, list[dict[str, Any]]]:
-    """For every operator its paths, the chosen one first: what it is, whether it is taken, and why."""
+def paths_on(device: torch.device) -> dict[str, Any]:
+    """{"order": where the order comes from, "operators": {operator: {dtype: verdicts in that order}}}."""
     import torch
 
     from scfm.ops import paths
 
-    tensor = torch.empty(1, 1, _HEAD_DIM, device=device, dtype=dtype)
-    found = {}
+    found: dict[str, dict[str, Verdicts]] = {}
     for name in paths.operators():
-        verdicts = sorted(paths.explain(name, tensor), key=lambda verdict: not verdict.chosen)
-        found[name] = [asdict(verdict) for verdict in verdicts]
-    return found
+        tensors = {
+            dtype: torch.empty(1, 1, _HEAD_DIM, device=device, dtype=getattr(torch, dtype))
+            for dtype in _DTYPES
+        }
+        found[name] = {
+            dtype: [asdict(v) for v in paths.explain(name, tensor)] for dtype, tensor in tensors.items()
+        }
+    return {"order": paths.ORDER.get(device.type, "not measured on this device"), "operators": found}
+
+
+def _gpu() -> str:
+    """Name, compute capability and memory; or why there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        built = "torch sees no GPU" if torch.version.cuda else "this torch is built for the CPU"
+        return f"none: {built}"
+    facts = torch.cuda.get_device_properties(0)
+    more = f", {torch.cuda.device_count()} of them" if torch.cuda.device_count() > 1 else ""
+    return f"{facts.name}, compute capability {facts.major}.{facts.minor}, {facts.total_memory / 2**30:.0f} GiB{more}"
+
+
+def _cuda_module() -> str:
+    try:
+        import scfm._cuda  # noqa: F401
+    except ImportError as error:
+        return f"not built ({error})"
+    return "built"
 
 
 def _version(package: str) -> str:
