@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "attention/task_cuts.hpp"
 #include "attention/varlen_backward_kernels.hpp"
 #include "base/aligned_buffer.hpp"
 #include "cpu/isa.hpp"
@@ -78,7 +79,8 @@ VarlenGradientTask describe(const VarlenProblem& problem, const VarlenTensor& gr
           key_rows,
           static_cast<int>(problem.head_dim),
           problem.scale,
-          scratch};
+          scratch,
+          nullptr};
 }
 
 }  // namespace
@@ -91,15 +93,25 @@ void varlen_backward(const VarlenProblem& problem, const VarlenTensor& grad_out,
   std::int64_t longest = 0;
   for (const CellHead& task : tasks) longest = std::max(longest, task.num_queries);
   const std::int64_t size = table.scratch_size(longest, static_cast<int>(problem.head_dim)) + 64;
+  const std::vector<std::size_t> cuts = task_cuts(tasks);
+  const auto num_tasks = static_cast<std::int64_t>(cuts.size()) - 1;
   const int workers =
-      static_cast<int>(std::min<std::int64_t>(num_threads(), std::max<std::size_t>(tasks.size(), 1)));
+      static_cast<int>(std::min<std::int64_t>(num_threads(), std::max<std::int64_t>(num_tasks, 1)));
   AlignedBuffer<float> scratch;
   scratch.reserve(size * workers);
-  parallel_for(static_cast<std::int64_t>(tasks.size()), workers, [&](std::int64_t i, int worker) {
-    const VarlenGradientTask task =
-        describe(problem, grad_out, result, gradients, tasks[static_cast<std::size_t>(i)],
-                 scratch.data() + size * worker);
-    (problem.is_bf16 ? table.task_bf16 : table.task_f32)(task);
+  parallel_for(num_tasks, workers, [&](std::int64_t cut, int worker) {
+    const std::size_t last = cuts[static_cast<std::size_t>(cut) + 1];
+    const auto described = [&](std::size_t i) {
+      return describe(problem, grad_out, result, gradients, tasks[i], scratch.data() + size * worker);
+    };
+    VarlenGradientTask task = described(cuts[static_cast<std::size_t>(cut)]);
+    for (std::size_t i = cuts[static_cast<std::size_t>(cut)]; i < last; ++i) {
+      const bool more = i + 1 < last;
+      const VarlenGradientTask next = described(more ? i + 1 : i);
+      task.next = more ? &next : nullptr;
+      (problem.is_bf16 ? table.task_bf16 : table.task_f32)(task);
+      task = next;
+    }
   });
 }
 

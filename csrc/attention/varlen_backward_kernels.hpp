@@ -37,6 +37,7 @@ struct VarlenGradientTask {
   int head_dim;
   float scale;
   float* scratch;
+  const VarlenGradientTask* next;  // what this thread computes after it, to be fetched meanwhile; or none
 };
 
 struct VarlenBackwardKernels {

@@ -8,6 +8,7 @@
 
 #include <math.h>
 
+#include "attention/attention_rows.hpp"
 #include "attention/attention_tiles.hpp"
 #include "attention/varlen_backward_kernels.hpp"
 
@@ -172,11 +173,6 @@ inline int64_t varlen_gradient_scratch_size(int64_t num_queries, int head_dim) {
 }
 
 template <class Stored>
-inline const Stored* row_of(const AttentionRows& rows, int64_t row) {
-  return static_cast<const Stored*>(rows.data) + row * rows.stride;
-}
-
-template <class Stored>
 inline float dot(const Stored* a, const Stored* b, int count) {
   Vec sum = zero_vec();
   for (int c = 0; c < count; c += kWidth)
@@ -289,6 +285,21 @@ inline void prepare_queries(const VarlenGradientTask& task, const GradientScratc
   }
 }
 
+/// A block's worth of the next task's rows, those that it writes too: a store waits for its line as a load
+/// does.
+template <class Stored>
+[[gnu::always_inline]] inline void fetch_part(const VarlenGradientTask& task, int64_t first) {
+  const int64_t last = first + kBlockRows;
+  fetch_rows<Stored>(task.grad_out, first, last, task.num_queries, task.head_dim);
+  fetch_rows<Stored>(task.out, first, last, task.num_queries, task.head_dim);
+  fetch_rows<Stored>(task.q, first, last, task.num_queries, task.head_dim);
+  fetch_rows<Stored>(task.k, first, last, task.num_key_rows, task.head_dim);
+  fetch_rows<Stored>(task.v, first, last, task.num_key_rows, task.head_dim);
+  fetch_rows<Stored>({task.dq.data, task.dq.stride}, first, last, task.num_queries, task.head_dim);
+  fetch_rows<Stored>({task.dk.data, task.dk.stride}, first, last, task.num_key_rows, task.head_dim);
+  fetch_rows<Stored>({task.dv.data, task.dv.stride}, first, last, task.num_key_rows, task.head_dim);
+}
+
 template <class Layout>
 inline void differentiate(const VarlenGradientTask& task) {
   using Stored = typename Layout::Stored;
@@ -306,8 +317,10 @@ inline void differentiate(const VarlenGradientTask& task) {
                       reinterpret_cast<Element*>(scratch.value_panels), static_cast<Element*>(nullptr));
     memset(scratch.dk, 0, sizeof(float) * static_cast<size_t>(kBlockKeys * padded));
     memset(scratch.dv, 0, sizeof(float) * static_cast<size_t>(kBlockKeys * padded));
-    for (int64_t row = 0; row < task.num_queries; row += kBlockRows)
+    for (int64_t row = 0; row < task.num_queries; row += kBlockRows) {
+      if (key == 0 && task.next != nullptr) fetch_part<Stored>(*task.next, row);
       add_block<Layout>(task, scratch, row, num_keys, block);
+    }
     write_rows<Stored>(scratch.dk, padded, num_keys, task.head_dim, task.dk, key);
     write_rows<Stored>(scratch.dv, padded, num_keys, task.head_dim, task.dv, key);
   }

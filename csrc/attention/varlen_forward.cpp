@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "attention/task_cuts.hpp"
 #include "attention/varlen_forward_kernels.hpp"
 #include "base/aligned_buffer.hpp"
 #include "base/errors.hpp"
@@ -13,8 +14,7 @@
 namespace scfm {
 namespace {
 
-constexpr std::int64_t kSpanQueries = 768;                 // of one span, at most
-constexpr std::int64_t kTaskWork = std::int64_t{1} << 18;  // pairs of tokens; about a fifth of a millisecond
+constexpr std::int64_t kSpanQueries = 768;  // of one span, at most
 
 const VarlenForwardKernels& kernels() {
 #ifdef SCFM_X86_SIMD
@@ -58,22 +58,6 @@ std::vector<Span> spans_of(const VarlenProblem& problem) {
   }
   std::stable_sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.work > b.work; });
   return spans;
-}
-
-/// Where each task begins among the spans, and their end. A task is a long span, or as many short ones as are
-/// worth handing to a thread: the heads of a cell then stay with one core, which has their rows in its cache.
-std::vector<std::size_t> tasks_of(const std::vector<Span>& spans) {
-  std::vector<std::size_t> starts;
-  std::int64_t work = kTaskWork;
-  for (std::size_t i = 0; i < spans.size(); ++i) {
-    if (work >= kTaskWork) {
-      starts.push_back(i);
-      work = 0;
-    }
-    work += spans[i].work;
-  }
-  starts.push_back(spans.size());
-  return starts;
 }
 
 const void* at(const VarlenProblem& problem, const VarlenTensor& tensor, std::int64_t row,
@@ -138,15 +122,15 @@ void varlen_forward(const VarlenProblem& problem, const VarlenTensor& out, float
   std::int64_t longest = 0;
   for (const Span& span : spans) longest = std::max(longest, span.count);
   const std::int64_t size = table.scratch_size(longest, static_cast<int>(problem.head_dim)) + 64;
-  const std::vector<std::size_t> starts = tasks_of(spans);
-  const auto num_tasks = static_cast<std::int64_t>(starts.size()) - 1;
+  const std::vector<std::size_t> cuts = task_cuts(spans);
+  const auto num_tasks = static_cast<std::int64_t>(cuts.size()) - 1;
   const int workers =
       static_cast<int>(std::min<std::int64_t>(num_threads(), std::max<std::int64_t>(num_tasks, 1)));
   AlignedBuffer<float> scratch;
   scratch.reserve(size * workers);
   parallel_for(num_tasks, workers, [&](std::int64_t task, int worker) {
-    const std::size_t first = starts[static_cast<std::size_t>(task)];
-    const std::size_t last = starts[static_cast<std::size_t>(task) + 1];
+    const std::size_t first = cuts[static_cast<std::size_t>(task)];
+    const std::size_t last = cuts[static_cast<std::size_t>(task) + 1];
     const auto described = [&](std::size_t i) {
       return describe(problem, spans[i], out, lse, scratch.data() + size * worker);
     };

@@ -8,6 +8,7 @@
 
 #include <math.h>
 
+#include "attention/attention_rows.hpp"
 #include "attention/attention_tiles.hpp"
 #include "attention/varlen_forward_kernels.hpp"
 
@@ -178,11 +179,6 @@ inline void attend_tile(const typename Layout::Product::Element* queries, int64_
   });
 }
 
-template <class Stored>
-inline const Stored* row_of(const AttentionRows& rows, int64_t row) {
-  return static_cast<const Stored*>(rows.data) + row * rows.stride;
-}
-
 /// One key more, seen by this query alone.
 template <class Stored>
 inline void add_own_key(const VarlenSpan& span, int64_t row, int padded, RunningSoftmax state) {
@@ -270,24 +266,13 @@ inline void attend_only_block(const VarlenSpan& span, const typename Layout::Pro
   });
 }
 
-/// A few rows of the next span on their way into the second-level cache. Rows of one head lie kilobytes
-/// apart, which no processor foresees, and in short cells waiting for them would take as long as the
-/// products.
-template <class Stored>
-inline void fetch_rows(const AttentionRows& rows, int64_t first, int64_t last, int head_dim) {
-  constexpr int kLine = 64 / sizeof(Stored);
-  for (int64_t r = first; r < last; ++r) {
-    for (int c = 0; c < head_dim; c += kLine) __builtin_prefetch(row_of<Stored>(rows, r) + c, 0, 2);
-  }
-}
-
+/// A tile's worth of the next span's rows.
 template <class Stored>
 [[gnu::always_inline]] inline void fetch_part(const VarlenSpan& span, int64_t first) {
-  const int64_t queries = smaller(first + kTileRows, span.num_queries);
-  const int64_t keys = smaller(first + kTileRows, span.num_keys);
-  fetch_rows<Stored>(span.q, first, queries, span.head_dim);
-  fetch_rows<Stored>(span.k, first, keys, span.head_dim);
-  fetch_rows<Stored>(span.v, first, keys, span.head_dim);
+  const int64_t last = first + kTileRows;
+  fetch_rows<Stored>(span.q, first, last, span.num_queries, span.head_dim);
+  fetch_rows<Stored>(span.k, first, last, span.num_keys, span.head_dim);
+  fetch_rows<Stored>(span.v, first, last, span.num_keys, span.head_dim);
 }
 
 inline int64_t padded_rows(int64_t num_queries) { return round_up(num_queries, kTileRows); }
