@@ -275,9 +275,9 @@ class Scgpt(FoundationModel):
     def _token_inputs(self, inputs: Inputs) -> Tensor:
         """The sum of everything that enters at a token, float32 (T, hidden_size)."""
         if inputs.values is None:
-            return self._gene_rows(inputs)
+            return self.gene_rows(inputs)
         if self.value_encoder is None:
-            return self._gene_rows(inputs) * inputs.values.unsqueeze(1)
+            return self.gene_rows(inputs) * inputs.values.unsqueeze(1)
         unknown = inputs.unknown
         values = inputs.values if unknown is None else inputs.values.masked_fill(unknown, 0.0)
         table, rows = self.value_encoder.look_up(values)
@@ -292,14 +292,14 @@ class Scgpt(FoundationModel):
         if not torch.is_grad_enabled():
             return embed_norm([inputs.token_ids, *ids], [self.encoder.normed(), *tables], None, None)
         if not (self.training and self.config.dropout):
-            return embed_norm(ids, tables, None, None, addend=self._gene_rows(inputs))
+            return embed_norm(ids, tables, None, None, addend=self.gene_rows(inputs))
         dropped = embed_norm(ids[:1], tables[:1], None, None)
         kept = F.dropout(torch.ones_like(dropped), self.config.dropout)
         dropped = dropped * (kept if unknown is None else torch.where(unknown.unsqueeze(1), 1.0, kept))
-        x = self._gene_rows(inputs) + dropped
+        x = self.gene_rows(inputs) + dropped
         return embed_norm(ids[1:], tables[1:], None, None, addend=x) if ids[1:] else x
 
-    def _gene_rows(self, inputs: Inputs) -> Tensor:
+    def gene_rows(self, inputs: Inputs) -> Tensor:
         """LN(E[gene]) of every token, float32 (T, hidden_size)."""
         rows: Tensor = self.encoder(inputs.token_ids)
         return rows
@@ -319,7 +319,7 @@ class Scgpt(FoundationModel):
     def decode_from_cells(self, cells: Tensor, inputs: Inputs) -> Expression:
         """Expression of each token's gene from its cell's embedding (C, hidden_size)."""
         mvc = required(self.mvc_decoder, "mvc", "decoder from cell embeddings (mvc_decoder)")
-        genes = self._gene_rows(inputs)
+        genes = self.gene_rows(inputs)
         context = self._token_context(inputs)
         if context is not None:
             cells = torch.cat([cells, context.index_select(0, inputs.first_rows)], dim=1)
