@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from scfm.data.atomic_file import TEMPORARY_SUFFIX, storage_errors, temporary_name
-from scfm.data.read import read
 from scfm.embed.commit import clear_leftovers
 from scfm.embed.fingerprint import Stamp, fingerprint_of, stamp_of
 from scfm.embed.manifest import Manifest
@@ -200,7 +199,7 @@ def _plan(
     stamps = [stamp_of(path) for path in paths]
     files = []
     for path in paths:
-        source = read(path, layer=counts_layer, assume_counts=assume_counts)
+        source = model.read_cells(path, counts_layer=counts_layer, assume_counts=assume_counts)
         # Before the first shard of the first file, not after days, when this file's turn comes.
         model.tokenizer.check_genes(source, species=species)
         prints = fingerprint_of(path)

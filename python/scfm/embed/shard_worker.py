@@ -21,7 +21,6 @@ import torch
 
 import scfm
 from scfm.data.process_name import host_name
-from scfm.data.read import read
 from scfm.data.source import CellSource
 from scfm.embed.claim import Lease, LeaseWatcher
 from scfm.embed.commit import commit_shard, set_aside
@@ -169,7 +168,9 @@ class ShardWorker:
             self._open = None
             entry = self.plan.files[number]
             check_unchanged(Path(entry.path), self.stamps[number])
-            source = read(entry.path, layer=self.counts_layer, assume_counts=self.plan.assume_counts)
+            source = self.model.read_cells(
+                entry.path, counts_layer=self.counts_layer, assume_counts=self.plan.assume_counts
+            )
             self._open = (number, source)
         return self._open[1]
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from scfm.data.packed import PackedCells
 from scfm.data.read import read
+from scfm.data.source import CellSource
 from scfm.models.engine import BadCellPolicy, Progress, default_token_budget, embed_cells, packed_batches
 from scfm.models.load_report import LoadReport
 from scfm.models.nn.linear import Linear
@@ -87,6 +88,12 @@ class FoundationModel(nn.Module, ABC):
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def read_cells(
+        self, data: Any, *, counts_layer: str | None = None, assume_counts: bool = False
+    ) -> CellSource:
+        """What the family embeds of ``data`` (whatever scfm.read accepts): raw counts, unless it says otherwise."""
+        return read(data, layer=counts_layer, assume_counts=assume_counts)
+
     def tokenize(
         self,
         data: Any,
@@ -155,7 +162,9 @@ class FoundationModel(nn.Module, ABC):
         """
         if data is None:
             return self.gene_table_embeddings()
-        stream = iter([data]) if isinstance(data, PackedCells) else self.tokenizer.packs(read(data))
+        stream = (
+            iter([data]) if isinstance(data, PackedCells) else self.tokenizer.packs(self.read_cells(data))
+        )
         layer = self.default_layer if layer is None else layer
         names = self.token_names()
         size = self.config.vocab_size

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from scfm.data.packed import PackedCells, concatenate
-from scfm.data.read import read
 from scfm.data.source import CellSource
 from scfm.errors import BadCellError, InvalidArgumentError, ResourceError
 from scfm.models.batches import token_budget_batches
@@ -75,7 +74,7 @@ def embed_cells(
         raise InvalidArgumentError(f'{on_bad_cell!r}; expected "error", "nan" or "skip"', where="on_bad_cell")
     budget = TokenBudget(default_token_budget(model.device) if token_budget is None else token_budget)
     if not isinstance(data, PackedCells):
-        data = read(data, layer=counts_layer, assume_counts=assume_counts)
+        data = model.read_cells(data, counts_layer=counts_layer, assume_counts=assume_counts)
     found = embed_source(
         model,
         data,

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scfm.data.packed import PackedCells
+from scfm.data.source import CellSource
 from scfm.errors import InvalidArgumentError
 from scfm.models.base import FoundationModel
 from scfm.models.scgpt.classifiers import BatchAdversary, CellClassifier
@@ -379,6 +380,12 @@ class Scgpt(FoundationModel):
                 "without vocab.json the id of <pad> is unknown, so padding cannot be read", where="padding"
             )
         return self.vocab.token[self.config.pad_token]
+
+    def read_cells(
+        self, data: Any, *, counts_layer: str | None = None, assume_counts: bool = False
+    ) -> CellSource:
+        """X as it is, counts or normalised, or the layer that is named, as the original's embed_data takes it."""
+        return self.tokenizer.read(data, layer=counts_layer, assume_counts=assume_counts)
 
     # ---- embeddings ---------------------------------------------------------------------------------------------
 
