@@ -2,10 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstdlib>
-
 #include "base/philox.hpp"
 #include "bindings/array_arguments.hpp"
+#include "bindings/packed_arrays.hpp"
 #include "tokenize/mlm_mask.hpp"
 #include "tokenize/rank_value.hpp"
 
@@ -46,13 +45,6 @@ py::array_t<std::uint32_t> philox(const py::object& counter, const py::object& k
 struct RankValueArrays {
   py::object token_ids, cu_seqlens, counts, num_gene_tokens, mapped_counts, total_counts;
 };
-
-template <class Value>
-py::array_t<Value> adopt(MallocArray<Value> array) {
-  Value* memory = array.memory.release();
-  const py::capsule owner(memory, [](void* pointer) { std::free(pointer); });
-  return py::array_t<Value>(static_cast<py::ssize_t>(array.size), memory, owner);
-}
 
 RankArithmetic arithmetic_of(const std::string& name) {
   if (name == "multiply64") return RankArithmetic::multiply64;

@@ -10,6 +10,7 @@ void bind_favor(pybind11::module_& module);
 void bind_graph(pybind11::module_& module);
 void bind_stream(pybind11::module_& module);
 void bind_tokenize(pybind11::module_& module);
+void bind_value_bins(pybind11::module_& module);
 void bind_varlen(pybind11::module_& module);
 void bind_varlen_backward(pybind11::module_& module);
 }  // namespace scfm
@@ -25,6 +26,7 @@ PYBIND11_MODULE(_native, module, pybind11::mod_gil_not_used()) {
   scfm::bind_graph(module);
   scfm::bind_stream(module);
   scfm::bind_tokenize(module);
+  scfm::bind_value_bins(module);
   scfm::bind_varlen(module);
   scfm::bind_varlen_backward(module);
 }

@@ -46,30 +46,34 @@ void MallocArray<Value>::shrink(std::int64_t count) noexcept {
 }
 
 template struct MallocArray<std::int32_t>;
+template struct MallocArray<float>;
 template struct MallocArray<double>;
 
-PackedWriter::PackedWriter(std::int64_t num_tasks, std::int64_t capacity, bool with_counts)
-    : finished_(static_cast<std::size_t>(num_tasks)), with_counts_(with_counts) {
+template <class Value>
+PackedWriter<Value>::PackedWriter(std::int64_t num_tasks, std::int64_t capacity, bool with_values)
+    : finished_(static_cast<std::size_t>(num_tasks)), with_values_(with_values) {
   tokens.allocate(capacity);
-  if (with_counts) counts.allocate(capacity);
+  if (with_values) values.allocate(capacity);
 }
 
-std::unique_ptr<PackedPiece> PackedWriter::take_piece() {
+template <class Value>
+std::unique_ptr<PackedPiece<Value>> PackedWriter<Value>::take_piece() {
   const std::lock_guard lock(mutex_);
-  if (free_.empty()) return std::make_unique<PackedPiece>();
-  std::unique_ptr<PackedPiece> piece = std::move(free_.back());
+  if (free_.empty()) return std::make_unique<Piece>();
+  std::unique_ptr<Piece> piece = std::move(free_.back());
   free_.pop_back();
   return piece;
 }
 
-void PackedWriter::finish(std::int64_t task, std::unique_ptr<PackedPiece> piece) {
+template <class Value>
+void PackedWriter<Value>::finish(std::int64_t task, std::unique_ptr<Piece> piece) {
   std::vector<Copy> copies;
   {
     const std::lock_guard lock(mutex_);
     finished_[static_cast<std::size_t>(task)] = std::move(piece);
     while (next_task_ < static_cast<std::int64_t>(finished_.size()) &&
            finished_[static_cast<std::size_t>(next_task_)]) {
-      std::unique_ptr<PackedPiece> next = std::move(finished_[static_cast<std::size_t>(next_task_)]);
+      std::unique_ptr<Piece> next = std::move(finished_[static_cast<std::size_t>(next_task_)]);
       const std::int64_t size = next->size;
       copies.push_back({std::move(next), next_offset_});
       next_offset_ += size;
@@ -80,17 +84,21 @@ void PackedWriter::finish(std::int64_t task, std::unique_ptr<PackedPiece> piece)
     const auto size = static_cast<std::size_t>(copy.piece->size);
     if (size == 0) continue;
     std::memcpy(tokens.memory.get() + copy.offset, copy.piece->tokens.data(), size * sizeof(std::int32_t));
-    if (with_counts_) {
-      std::memcpy(counts.memory.get() + copy.offset, copy.piece->counts.data(), size * sizeof(double));
+    if (with_values_) {
+      std::memcpy(values.memory.get() + copy.offset, copy.piece->values.data(), size * sizeof(Value));
     }
   }
   const std::lock_guard lock(mutex_);
   for (Copy& copy : copies) free_.push_back(std::move(copy.piece));
 }
 
-void PackedWriter::cut_to_size() noexcept {
+template <class Value>
+void PackedWriter<Value>::cut_to_size() noexcept {
   tokens.shrink(next_offset_);
-  if (with_counts_) counts.shrink(next_offset_);
+  if (with_values_) values.shrink(next_offset_);
 }
+
+template class PackedWriter<float>;
+template class PackedWriter<double>;
 
 }  // namespace scfm

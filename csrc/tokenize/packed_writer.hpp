@@ -1,4 +1,5 @@
-/// Collects tokens of rows that finish in any order into one packed array, in the order of the rows.
+/// Collects tokens of rows (and a value each) that finish in any order into one packed array, in the order of
+/// the rows.
 ///
 /// How long a row becomes is known only once it is done, and so is where the next one starts. A thread
 /// therefore fills a piece (the rows of one task) on the side; whoever completes the next pieces in line
@@ -29,37 +30,42 @@ struct MallocArray {
   void shrink(std::int64_t count) noexcept;
 };
 
-/// The rows of one task: tokens, and counts where they are wanted.
+/// The rows of one task: tokens, and values where they are wanted.
+template <class Value>
 struct PackedPiece {
   AlignedBuffer<std::int32_t> tokens;
-  AlignedBuffer<double> counts;
+  AlignedBuffer<Value> values;
   std::int64_t size = 0;
 };
 
+/// Value: double or float.
+template <class Value>
 class PackedWriter {
  public:
-  PackedWriter(std::int64_t num_tasks, std::int64_t capacity, bool with_counts);
+  using Piece = PackedPiece<Value>;
 
-  std::unique_ptr<PackedPiece> take_piece();
-  void finish(std::int64_t task, std::unique_ptr<PackedPiece> piece);
+  PackedWriter(std::int64_t num_tasks, std::int64_t capacity, bool with_values);
+
+  std::unique_ptr<Piece> take_piece();
+  void finish(std::int64_t task, std::unique_ptr<Piece> piece);
 
   /// Call once every task has finished.
   void cut_to_size() noexcept;
 
   MallocArray<std::int32_t> tokens;
-  MallocArray<double> counts;
+  MallocArray<Value> values;
 
  private:
   struct Copy {
-    std::unique_ptr<PackedPiece> piece;
+    std::unique_ptr<Piece> piece;
     std::int64_t offset;
   };
   std::mutex mutex_;
-  std::vector<std::unique_ptr<PackedPiece>> finished_;  // per task, until it is copied
-  std::vector<std::unique_ptr<PackedPiece>> free_;
+  std::vector<std::unique_ptr<Piece>> finished_;  // per task, until it is copied
+  std::vector<std::unique_ptr<Piece>> free_;
   std::int64_t next_task_ = 0;
   std::int64_t next_offset_ = 0;
-  bool with_counts_;
+  bool with_values_;
 };
 
 }  // namespace scfm

@@ -3,21 +3,13 @@
 #include <algorithm>
 #include <string>
 
-#include "cpu/isa.hpp"
 #include "cpu/thread_pool.hpp"
+#include "tokenize/rank_dispatch.hpp"
 #include "tokenize/rank_order.hpp"
 #include "tokenize/row_reader.hpp"
 
 namespace scfm {
 namespace {
-
-#ifdef SCFM_X86_SIMD
-constexpr TablePerIsa<RankKernels> kTables = {&rank_kernels_generic, &rank_kernels_avx2, &rank_kernels_avx512,
-                                              &rank_kernels_avx512};
-#else
-constexpr TablePerIsa<RankKernels> kTables = {&rank_kernels_generic, &rank_kernels_generic,
-                                              &rank_kernels_generic, &rank_kernels_generic};
-#endif
 
 // 16 cells of 2,000 genes: 256 KB in, 128 KB out, so that a piece stays in the second-level cache until it is
 // copied.
@@ -66,7 +58,7 @@ class RowTokenizer {
       : table_(table),
         kernels_(kernels),
         options_(options),
-        reader_(csr, kernels),
+        reader_(csr, kernels, "rank_value"),
         sums_(table.summed_factors.size()) {}
 
   /// Writes the row's tokens (and counts, unless null); returns how many.
@@ -197,7 +189,7 @@ RankValueResult rank_value(const CsrView& csr, std::span<const double> library_s
     throw InvalidArgument("rank_value: column_slot has " + std::to_string(table.num_genes) +
                           " entries, expected " + std::to_string(csr.num_genes) + ", one per gene");
   }
-  const RankKernels& kernels = active_table(kTables);
+  const RankKernels& kernels = active_rank_kernels();
   const std::int64_t num_rows = csr.num_rows();
   const auto n = static_cast<std::size_t>(num_rows);
   RankValueResult result;
@@ -213,7 +205,7 @@ RankValueResult rank_value(const CsrView& csr, std::span<const double> library_s
   for (std::int64_t row = 0; row < num_rows; ++row) capacity += longest(entries(row), options);
   const std::int64_t rows = rows_per_task(csr, kEntriesPerTask);
   const std::int64_t num_tasks = (num_rows + rows - 1) / rows;
-  PackedWriter writer(num_tasks, capacity, options.with_counts);
+  PackedWriter<double> writer(num_tasks, capacity, options.with_counts);
   const int max_workers = num_threads();
   std::vector<std::unique_ptr<RowTokenizer>> tokenizers(static_cast<std::size_t>(max_workers));
 
@@ -224,9 +216,9 @@ RankValueResult rank_value(const CsrView& csr, std::span<const double> library_s
     const std::int64_t last = std::min(first + rows, num_rows);
     std::int64_t piece_capacity = 0;
     for (std::int64_t row = first; row < last; ++row) piece_capacity += longest(entries(row), options);
-    std::unique_ptr<PackedPiece> piece = writer.take_piece();
+    std::unique_ptr<PackedPiece<double>> piece = writer.take_piece();
     std::int32_t* tokens = piece->tokens.reserve(piece_capacity);
-    double* counts = options.with_counts ? piece->counts.reserve(piece_capacity) : nullptr;
+    double* counts = options.with_counts ? piece->values.reserve(piece_capacity) : nullptr;
     std::int64_t size = 0;
     for (std::int64_t row = first; row < last; ++row) {
       const std::int64_t length =
@@ -242,7 +234,7 @@ RankValueResult rank_value(const CsrView& csr, std::span<const double> library_s
   writer.cut_to_size();
   for (std::size_t row = 0; row < n; ++row) result.cu_seqlens[row + 1] += result.cu_seqlens[row];
   result.token_ids = std::move(writer.tokens);
-  result.counts = std::move(writer.counts);
+  result.counts = std::move(writer.values);
   return result;
 }
 

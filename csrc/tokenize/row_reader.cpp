@@ -12,9 +12,9 @@ void RowReader::require_in_range(std::int64_t row, std::int64_t start, std::int6
   with_columns(csr_.column_type, csr_.columns, [&](const auto* columns) {
     for (std::int64_t i = start; i < start + count; ++i) {
       if (columns[i] >= 0 && static_cast<std::int64_t>(columns[i]) < csr_.num_genes) continue;
-      throw InvalidArgument("rank_value: row " + std::to_string(row) + ": indices[" + std::to_string(i) +
-                            "] = " + std::to_string(columns[i]) + " is out of range for " +
-                            std::to_string(csr_.num_genes) + " genes");
+      throw InvalidArgument(std::string(function_) + ": row " + std::to_string(row) + ": indices[" +
+                            std::to_string(i) + "] = " + std::to_string(columns[i]) +
+                            " is out of range for " + std::to_string(csr_.num_genes) + " genes");
     }
   });
 }
@@ -64,8 +64,8 @@ Row RowReader::read(std::int64_t row) {
   const std::int64_t start = csr_.indptr[static_cast<std::size_t>(row)];
   const std::int64_t count = csr_.indptr[static_cast<std::size_t>(row) + 1] - start;
   if (count > std::numeric_limits<std::int32_t>::max()) {
-    throw InvalidArgument("rank_value: row " + std::to_string(row) + " has " + std::to_string(count) +
-                          " entries, more than 2^31 - 1");
+    throw InvalidArgument(std::string(function_) + ": row " + std::to_string(row) + " has " +
+                          std::to_string(count) + " entries, more than 2^31 - 1");
   }
   if (count == 0) return {nullptr, nullptr, true, 0};
   Row result{nullptr, nullptr, true, count};

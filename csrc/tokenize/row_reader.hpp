@@ -25,8 +25,9 @@ struct Row {
 
 class RowReader {
  public:
-  /// `csr` must have passed require_indptr, with as many columns as data.
-  RowReader(const CsrView& csr, const RankKernels& kernels) noexcept : csr_(csr), kernels_(kernels) {}
+  /// `csr` must have passed require_indptr, with as many columns as data. function: named in errors.
+  RowReader(const CsrView& csr, const RankKernels& kernels, const char* function) noexcept
+      : csr_(csr), kernels_(kernels), function_(function) {}
 
   /// Throws InvalidArgument if a column is out of range. Unsorted columns are sorted; values of the same
   /// column are summed in float64 (rounded to float32 if that is the type of the data). The result is valid
@@ -40,6 +41,7 @@ class RowReader {
 
   const CsrView& csr_;
   const RankKernels& kernels_;
+  const char* function_;
   AlignedBuffer<std::int32_t> columns_;
   AlignedBuffer<double> values_;
   std::vector<std::uint64_t> order_;

@@ -127,6 +127,84 @@ def mlm_mask(
     epoch, cell id and position in the cell only.
     """
 
+class ValueBinsResult:
+    @property
+    def token_ids(self) -> NDArray[np.int32]:
+        """Packed, the prefix included."""
+    @property
+    def values(self) -> NDArray[np.float32]:
+        """Of each token its bin, or its value; prefix_value at the prefix."""
+    @property
+    def cu_seqlens(self) -> NDArray[np.int64]:
+        """num_cells + 1 offsets; a cell without gene tokens has length 0, prefix included."""
+    @property
+    def num_gene_tokens(self) -> NDArray[np.int32]:
+        """Per cell, before cutting to max_tokens, without the prefix."""
+    @property
+    def mapped_counts(self) -> NDArray[np.float64]:
+        """Per cell, the sum of the values in columns that have a slot."""
+    @property
+    def total_counts(self) -> NDArray[np.float64]:
+        """Per cell, the sum of all values."""
+
+def value_bins(
+    indptr: NDArray[np.int64],
+    indices: Columns,
+    data: Counts,
+    column_slot: NDArray[np.int32],
+    slot_token: NDArray[np.int32],
+    quantiles: NDArray[np.float64],
+    rule: str,
+    draws: NDArray[np.float64] | None,
+    draw_offsets: NDArray[np.int64] | None,
+    kept: str,
+    max_tokens: int,
+    prefix_token: int,
+    prefix_value: float,
+    with_zeros: bool,
+    seed: int,
+    epoch: int,
+) -> ValueBinsResult:
+    """scGPT's value binning of a CSR block of values from 0, taken as float32.
+
+    column_slot gives each column's slot, -1 for no token; columns of one slot are summed, and a cell's tokens
+    come in the order of slots. A cell's non-zero values are cut at their ``quantiles`` (none: they stay as they
+    are); rule says which bin a value gets where several edges equal it: "left" the highest, "seeded" any at
+    random, "given" by ``draws`` (those of cell c from draw_offsets[c]), the authors' arithmetic. kept: which
+    tokens stay within max_tokens, "any" at random or the "largest". max_tokens and prefix_token are -1 for none.
+    with_zeros: every slot is a token. Random numbers depend on seed, epoch and what the cell holds only.
+    """
+
+def bin_values(
+    values: NDArray[np.float32] | NDArray[np.float64],
+    offsets: NDArray[np.int64],
+    token_ids: NDArray[np.int32] | None,
+    quantiles: NDArray[np.float64],
+    rule: str,
+    draws: NDArray[np.float64] | None,
+    seed: int,
+    epoch: int,
+) -> NDArray[np.int32]:
+    """Bins of packed values, cell by cell, by the rules of value_bins; zeros stay 0 and take no draw."""
+
+def value_edges(
+    values: NDArray[np.float32] | NDArray[np.float64],
+    offsets: NDArray[np.int64],
+    quantiles: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.int32], NDArray[np.int32]]:
+    """Each cell's quantile edges (C, quantiles), and how many of them are <= and < each value (0 for zeros)."""
+
+def choose_tokens(
+    cu_seqlens: NDArray[np.int32],
+    cell_ids: NDArray[np.int64],
+    num_chosen: NDArray[np.int32],
+    num_spared: int,
+    seed: int,
+    epoch: int,
+    purpose: int,
+) -> NDArray[np.uint8]:
+    """1 for num_chosen[c] tokens of cell c at random, never one of its first num_spared; else 0."""
+
 def philox4x32(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]:
     """Philox4x32-10: four words from a counter of four and a key of two."""
 

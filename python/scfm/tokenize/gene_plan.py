@@ -8,6 +8,7 @@ follow, in order of first appearance. Slot order is also the order of ties.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,10 +18,22 @@ from scfm.tokenize.dictionaries import GeneformerDictionaries
 
 
 @dataclass(frozen=True)
+class GeneSlots:
+    """column_slot: int32 (genes in the data,), -1 where a column is no token; genes: the gene of each slot. Slots
+    below ``num_single`` are fed by exactly one column. num_repeated: columns whose gene another column feeds
+    too, kept apart.
+    """
+
+    column_slot: np.ndarray
+    genes: list[str]
+    num_single: int
+    num_repeated: int
+
+
+@dataclass(frozen=True)
 class GenePlan:
-    """column_slot: int32 (genes in the data,), -1 where a column is no token. slot_token: int32 (slots,);
-    slot_median: float64 (slots,), CP10k; slots below ``num_single`` are fed by exactly one column.
-    num_repeated: columns whose gene another column feeds too, kept apart. num_without_median: columns left out.
+    """The slots of GeneSlots with slot_token: int32 (slots,); slot_median: float64 (slots,), CP10k.
+    num_without_median: columns left out.
     """
 
     column_slot: np.ndarray
@@ -31,12 +44,9 @@ class GenePlan:
     num_without_median: int
 
 
-def plan_genes(mapping: GeneMapping, vocab: GeneformerDictionaries, *, sum_duplicates: bool) -> GenePlan:
-    """Slots for one data set. ``sum_duplicates``: also sum columns that bear the very same identifier."""
-    ids = [gene if gene is None or gene in vocab.median else None for gene in mapping.ids]
-    without_median = sum(new is None and old is not None for new, old in zip(ids, mapping.ids, strict=True))
+def plan_slots(ids: Sequence[str | None], *, collapse: bool) -> GeneSlots:
+    """Slots for the genes of the columns, None being no gene. ``collapse``: sum columns of the same gene."""
     fed_by = Counter(gene for gene in ids if gene is not None)
-    collapse = mapping.collapse or sum_duplicates
     single: list[str] = []
     summed: dict[str, int] = {}
     column_slot = np.full(len(ids), -1, dtype=np.int32)
@@ -51,13 +61,21 @@ def plan_genes(mapping: GeneMapping, vocab: GeneformerDictionaries, *, sum_dupli
     for column, gene in enumerate(ids):
         if gene in summed:
             column_slot[column] = len(single) + summed[gene]
-    genes = [*single, *summed]
     repeated = 0 if collapse else sum(count for count in fed_by.values() if count > 1)
+    return GeneSlots(column_slot, [*single, *summed], len(single), repeated)
+
+
+def plan_genes(mapping: GeneMapping, vocab: GeneformerDictionaries, *, sum_duplicates: bool) -> GenePlan:
+    """Slots for one data set. ``sum_duplicates``: also sum columns that bear the very same identifier."""
+    ids = [gene if gene is None or gene in vocab.median else None for gene in mapping.ids]
+    without_median = sum(new is None and old is not None for new, old in zip(ids, mapping.ids, strict=True))
+    slots = plan_slots(ids, collapse=mapping.collapse or sum_duplicates)
+    genes = slots.genes
     return GenePlan(
-        column_slot=column_slot,
+        column_slot=slots.column_slot,
         slot_token=np.fromiter((vocab.token[g] for g in genes), dtype=np.int32, count=len(genes)),
         slot_median=np.fromiter((vocab.median[g] for g in genes), dtype=np.float64, count=len(genes)),
-        num_single=len(single),
-        num_repeated=repeated,
+        num_single=slots.num_single,
+        num_repeated=slots.num_repeated,
         num_without_median=without_median,
     )

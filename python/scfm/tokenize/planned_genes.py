@@ -7,27 +7,27 @@ contents, against copies: a table that its owner has changed in place is another
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import pandas as pd
 
 from scfm.data.gene_mapping import GeneMapping
-from scfm.tokenize.gene_plan import GenePlan
 
 __all__ = ["PlannedGenes"]
 
 _MOST_TABLES = 8
 
-Planner = Callable[[pd.DataFrame, str], tuple[GeneMapping, GenePlan]]
+PlanT = TypeVar("PlanT")
 
 
-class PlannedGenes:
+class PlannedGenes(Generic[PlanT]):
     """plan: works out mapping and plan of a gene table and a species; must depend on nothing that changes."""
 
-    def __init__(self, plan: Planner) -> None:
+    def __init__(self, plan: Callable[[pd.DataFrame, str], tuple[GeneMapping, PlanT]]) -> None:
         self._plan = plan
-        self._known: list[tuple[str, pd.DataFrame, tuple[GeneMapping, GenePlan]]] = []
+        self._known: list[tuple[str, pd.DataFrame, tuple[GeneMapping, PlanT]]] = []
 
-    def of(self, genes: pd.DataFrame, species: str) -> tuple[GeneMapping, GenePlan]:
+    def of(self, genes: pd.DataFrame, species: str) -> tuple[GeneMapping, PlanT]:
         for place, (its_species, table, planned) in enumerate(self._known):
             if its_species == species and table.equals(genes):
                 self._known.append(self._known.pop(place))
