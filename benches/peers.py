@@ -87,6 +87,70 @@ def hugging_face_embed(peer: Any, cells: list[list[int]], *, batch_size: int) ->
     return out
 
 
+# ---- scGPT's embedding: the original's modules rebuilt from torch.nn ----------------------------------------------
+# Gene and value encoders and nn.TransformerEncoder, run without gradients: torch's nested-tensor fast path, which is
+# what the original's embed_data takes on a CPU. Every token of every layer is computed, the first is kept.
+
+
+class ScgptEncoder(torch.nn.Module):
+    """As released, from gene ids and values (B, L) to unit rows (B, hidden_size)."""
+
+    def __init__(self, config: Any, pad_id: int) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.pad_id = pad_id
+        self.genes = torch.nn.Embedding(config.vocab_size, size, padding_idx=pad_id)
+        self.gene_norm = torch.nn.LayerNorm(size)
+        self.value_in, self.value_out = torch.nn.Linear(1, size), torch.nn.Linear(size, size)
+        self.value_norm = torch.nn.LayerNorm(size)
+        layer = torch.nn.TransformerEncoderLayer(
+            size, config.num_heads, config.ffn_size, config.dropout, batch_first=True
+        )
+        self.layers = torch.nn.TransformerEncoder(layer, config.num_layers)
+
+    @classmethod
+    def of(cls, model: Any, pad_id: int) -> ScgptEncoder:
+        """With the weights of ``model``."""
+        from scfm.models.scgpt.names import their_name
+
+        ours = {their_name(name): tensor.detach() for name, tensor in model.state_dict().items()}
+        parts = {
+            "genes": "encoder.embedding",
+            "gene_norm": "encoder.enc_norm",
+            "value_in": "value_encoder.linear1",
+            "value_out": "value_encoder.linear2",
+            "value_norm": "value_encoder.norm",
+            "layers": "transformer_encoder",
+        }
+        peer = cls(model.config, pad_id).eval()
+        state = {
+            f"{here}{name.removeprefix(there)}": tensor
+            for here, there in parts.items()
+            for name, tensor in ours.items()
+            if name.startswith(f"{there}.")
+        }
+        peer.load_state_dict(state)
+        return peer
+
+    def forward(self, genes: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        padding = genes.eq(self.pad_id)
+        inner = torch.relu(self.value_in(values.clamp(max=512).unsqueeze(-1)))
+        x = self.gene_norm(self.genes(genes)) + self.value_norm(self.value_out(inner))
+        cells = self.layers(x, src_key_padding_mask=padding)[:, 0].float()
+        return cells / cells.norm(dim=1, keepdim=True)
+
+
+def scgpt_embed(peer: ScgptEncoder, genes: torch.Tensor, values: torch.Tensor, *, batch_size: int) -> Array:
+    """float32 (cells, hidden_size), batch by batch."""
+    dtype = peer.value_in.weight.dtype
+    with torch.no_grad():
+        parts = [
+            peer(ids, numbers.to(dtype))
+            for ids, numbers in zip(genes.split(batch_size), values.split(batch_size), strict=True)
+        ]
+    return torch.cat(parts).numpy()
+
+
 # ---- Reading counts from an .h5ad file ---------------------------------------------------------------------------
 # Each gives CSR matrices batch by batch, of a file that is open already: ``backed`` is what
 # anndata.read_h5ad(path, backed="r") returns, ``group`` the h5py group of its X.
