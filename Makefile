@@ -11,9 +11,9 @@ export SCFM_DATA    ?= $(wildcard $(CURDIR)/../shared/data)
 
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.hpp') CMakeLists.txt pyproject.toml
 
-.PHONY: help build demo test bench lint format sanitize clean
+.PHONY: help build demo test bench test-gpu bench-gpu lint format sanitize clean
 help:
-	@echo "make demo | test | bench | lint | format | sanitize | clean"
+	@echo "make demo | test | bench | test-gpu | bench-gpu | lint | format | sanitize | clean"
 
 $(STAMPS)/venv:
 	$(PYTHON) -c 'import sys; sys.exit("scfm needs Python 3.11 or newer, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -45,6 +45,13 @@ test: $(STAMPS)/test
 bench: $(STAMPS)/bench
 	@mkdir -p benches/results
 	$(BIN)/python -m pytest benches --benchmark-json=benches/results/latest.json -s $(ARGS)
+
+# On a machine with a GPU, by the Python at hand (torch >= 2.11, triton >= 3.6, numpy): nothing is installed.
+test-gpu:
+	$(PYTHON) benches/gpu/check.py $(ARGS)
+
+bench-gpu:
+	$(PYTHON) benches/gpu/bench.py $(ARGS)
 
 lint: $(STAMPS)/test $(STAMPS)/lint
 	$(BIN)/ruff check .

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from scfm.models.geneformer.config import GeneformerConfig
 
 V1_10M = GeneformerConfig.preset("V1-10M")
 V2_104M = GeneformerConfig.preset("V2-104M")
+
+
+@dataclass(frozen=True)
+class EncoderShape:
+    """An encoder as its authors released it; num_tokens: of the cells it is timed on (the mean where they differ)."""
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    head_dim: int
+    ffn_size: int
+    vocab_size: int
+    num_tokens: int
+    num_features: int = 0  # of Performer's projection; 0 where attention is softmax
+
+
+GENEFORMER = EncoderShape(
+    "Geneformer V2-104M", V2_104M.num_layers, V2_104M.hidden_size, V2_104M.num_heads, V2_104M.head_dim,
+    V2_104M.ffn_size, V2_104M.vocab_size, num_tokens=2000,
+)  # fmt: skip
+SCGPT = EncoderShape("scGPT whole-human", 12, 512, 8, 64, 512, vocab_size=60_697, num_tokens=1200)
+SCBERT = EncoderShape("scBERT", 6, 200, 10, 64, 800, vocab_size=7, num_tokens=16_907, num_features=266)
+GRAPH_GENES, GRAPH_NEIGHBORS = 2000, 32
 
 
 def cell_lengths(num_cells: int, *, mean: float = 2000.0, longest: int = 4096, seed: int = 0) -> np.ndarray:
