@@ -120,6 +120,10 @@ def fake(tmp_path: Path) -> Iterator[FakeHub]:
         "V1/training_args.bin": b"a pickle",
         "old/config.json": b'{"model_type": "bert", "hidden_size": 3}',
         "old/pytorch_model.bin": old,
+        "scgpt/args.json": b'{"embsize": 1}',
+        "scgpt/vocab.json": b"{}",
+        "scgpt/best_model.pt": old,
+        "scgpt/dev.pt": b"another pickle",
         "empty/README.md": b"nothing",
         **_sharded(tmp_path),
     }
@@ -185,6 +189,16 @@ def ask(fake: FakeHub, home: Path, *calls: tuple[str, dict[str, Any]], **extra: 
     assert done.returncode == 0, done.stderr[-3000:]
     answers: list[dict[str, Any]] = json.loads(done.stdout)
     return answers
+
+
+def test_scgpt_folders_are_fetched_with_their_arguments_and_vocabulary(fake: FakeHub, tmp_path: Path) -> None:
+    (found,) = ask(fake, tmp_path / "home", (f"{REPO}/scgpt", {}))
+    assert found["a"] == 3.0
+    assert {name for name in fake.fetched() if name.startswith("scgpt/")} == {
+        "scgpt/args.json",
+        "scgpt/vocab.json",
+        "scgpt/best_model.pt",
+    }
 
 
 def test_models_are_fetched_from_the_cache_layout_and_nothing_else_is(fake: FakeHub, tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ FORMAT_VERSION = 1
 FAMILIES = ("geneformer", "scgpt")
 MAX_CONFIG_BYTES = 4 << 20
 _FAMILY_OF_MODEL_TYPE = {"bert": "geneformer"}
-_SCGPT_WEIGHTS = ("best_model.pt", *WEIGHT_FILES)
 _SCGPT_ARGS = ("embsize", "nlayers", "nheads")
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
 _UPGRADE = "Upgrade with `pip install -U scfm`."
@@ -70,8 +69,8 @@ def inspect_folder(
         return released
     if not config_path.is_file():
         raise MissingFileError(
-            f"no model in this folder; looked for config.json and {', '.join(WEIGHT_FILES)}, and for scGPT's "
-            "args.json and best_model.pt",
+            f"no model in this folder; looked for config.json, or scGPT's args.json, and "
+            f"{', '.join(WEIGHT_FILES)}",
             path=folder,
         )
     config = load_json(config_path, max_bytes=MAX_CONFIG_BYTES)
@@ -92,12 +91,7 @@ def _released_scgpt(path: Path, folder: Path, family: str | None) -> FolderKind 
     args = load_json(args_path, max_bytes=MAX_CONFIG_BYTES) if args_path.is_file() else {}
     if family is None and not all(key in args for key in _SCGPT_ARGS):
         return None
-    weights = path
-    if path.is_dir():
-        weights = next((folder / name for name in _SCGPT_WEIGHTS if (folder / name).is_file()), folder)
-    if weights.is_dir():
-        raise MissingFileError(f"no weights; looked for {', '.join(_SCGPT_WEIGHTS)}", path=folder)
-    return FolderKind(folder, "authors", "scgpt", args, weights)
+    return FolderKind(folder, "authors", "scgpt", args, _weights_in(folder) if path.is_dir() else path)
 
 
 def check_sha256(weights: Path, pinned: str | Mapping[str, str]) -> None:
@@ -158,6 +152,6 @@ def _weights_in(folder: Path) -> Path:
     found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if found is None:
         raise MissingFileError(
-            f"config.json but no weights; looked for {', '.join(WEIGHT_FILES)}", path=folder
+            f"a model's configuration but no weights; looked for {', '.join(WEIGHT_FILES)}", path=folder
         )
     return found

@@ -1,7 +1,7 @@
 """From a name to a folder on this machine: a local path, or a model on the Hugging Face hub.
 
-Only what a model needs is fetched: its configuration, its weights (safetensors if there are any) and
-Geneformer's dictionaries, which in the authors' repository lie beside the models. Never
+Only what a model needs is fetched: its configuration, its weights (safetensors if there are any), scGPT's vocabulary
+and Geneformer's dictionaries, which in the authors' repository lie beside the models. Never
 ``training_args.bin``, which is a pickle nobody needs. The commit is recorded, so that results can name
 exactly what made them.
 """
@@ -26,9 +26,14 @@ _DICTIONARY_STEMS = (
     "ensembl_mapping_dict",
     "gene_name_id_dict",
 )
-_MODEL_FILES = ("config.json", "vocab.json", "model.safetensors", "model.safetensors.index.json")
+_MODEL_FILES = ("config.json", "args.json", "vocab.json", "model.safetensors", "model.safetensors.index.json")
 _SHARDS = "model-?????-of-?????.safetensors"
-_TORCH_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-?????-of-?????.bin")
+_TORCH_FILES = (
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "pytorch_model-?????-of-?????.bin",
+    "best_model.pt",
+)
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)+")
 
 
@@ -75,9 +80,9 @@ def _from_hub(name: str, revision: str | None) -> ResolvedModel:
     if folder.is_dir() and not any((folder / file).is_file() for file in WEIGHT_FILES):
         # Torch's own format only where there is nothing better: it is as large again, and a pickle.
         _download(repo_id, snapshot.name, _patterns(subfolder, _TORCH_FILES), name)
-    if not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("config.json", "args.json")):
         raise MissingFileError(
-            f"{repo_id} has no config.json in {subfolder or 'its root'}",
+            f"{repo_id} has neither config.json nor args.json in {subfolder or 'its root'}",
             path=name,
             hint="Name the model's own folder as 'owner/name/folder'.",
         )

@@ -2,7 +2,7 @@
 
 Tensors are mapped from the file and checked one at a time when asked for, so a model is loaded with little
 more memory than its own, and a NaN is reported with the tensor's name. The order of preference is the
-hub's: model.safetensors, its sharded form, pytorch_model.bin, its sharded form.
+hub's: model.safetensors, its sharded form, pytorch_model.bin, its sharded form; then scGPT's best_model.pt.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ WEIGHT_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "best_model.pt",
 )
 _TORCH_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
 
