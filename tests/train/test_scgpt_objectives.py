@@ -182,7 +182,7 @@ def test_generative_pretraining_is_the_authors(goldens, tag: str) -> None:
     close_loss(first.total, stored["loss_mse"])
 
 
-# ---- without the authors ----------------------------------------------------------------------------------------------
+# ---- without the authors' outputs -------------------------------------------------------------------------
 
 
 def tiny_model(**changes) -> Scgpt:
@@ -272,12 +272,11 @@ def test_order_of_cells_does_not_matter() -> None:
     model = tiny_model()
     packed, targets = tiny_cells()
     order = [2, 0, 1]
-    pieces = [
-        part for part in zip(*(t.split(packed.lengths.tolist()) for t in (targets.values, targets.scored)))
-    ]
+    lengths = packed.lengths.tolist()
+    values, scored = targets.values.split(lengths), targets.scored.split(lengths)
     turned = ExpressionTargets(
-        torch.cat([pieces[i][0] for i in order]),
-        torch.cat([pieces[i][1] for i in order]),
+        torch.cat([values[i] for i in order]),
+        torch.cat([scored[i] for i in order]),
         targets.batch_labels[order],
         targets.classes[order],
     )
@@ -299,7 +298,7 @@ def test_bfloat16_learns_what_float32_learns(generative: bool) -> None:
             found = ALL_PARTS(model, packed, targets)
         found.total.backward()
         assert found.total.dtype == torch.float32
-        totals.append(float(found.total))
+        totals.append(found.total.item())
         gradients.append(
             torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double()
         )
@@ -342,7 +341,7 @@ def test_generation_learns() -> None:
         loss = GenerativeObjective()(model, packed, wanted).total
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
 
 
@@ -368,12 +367,11 @@ def test_targets_that_do_not_fit_are_named() -> None:
 def test_the_neighbourhood_of_spatial_cells(goldens) -> None:
     batch = PaddedBatch.read(goldens("scgpt") / "S_spatial_moe.npz")
     model = load(goldens("scgpt") / "S_spatial_moe", family="scgpt", options={"nhead": 4})
-    # The golden has two neighbours a cell; what the objective scores is checked on its prediction.
     packed, values = batch.packed, batch["values"][batch.tokens]
     scored = torch.arange(len(values)) % 3 == 1
     targets = ExpressionTargets(values, scored, coordinates=batch["coordinates"])
     objective = FineTuningObjective(neighbors=2.0, num_neighbors=2)
-    found = objective(model, packed, targets, **as_padded(batch))
+    found = objective(model, packed, targets)
     want = masked_mse(batch["slow.impute_pred"][batch.tokens], values, scored)
     close_loss(found.parts["neighbors"], want)
     close_loss(found.total.detach(), found.parts["expression"].detach() + 2 * want)
