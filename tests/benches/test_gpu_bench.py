@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import bench
 import contenders
@@ -41,6 +42,7 @@ def test_peers_compute_what_we_compute(pack, ours) -> None:
     assert {row.direction for row in found} == {"forward", "forward+backward", "backward"}
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_keeps_to_its_cells(pack, ours) -> None:
     found = measure(ours, contenders.flex_peer(pack))
     flex = [row for row in found if row.contender.startswith("torch Flex")]
@@ -87,3 +89,34 @@ def test_a_part_of_a_run_replaces_its_sections_only(tmp_path) -> None:
     assert kept["sections"]["graph"] == {"gpu": "Some GPU", "commit": "two", "rows": [3]}
     assert kept["sections"]["varlen"]["commit"] == "one"
     assert [p.name for p in path.parent.iterdir()] == ["some-gpu.json"]
+
+
+def test_a_call_is_timed_by_itself_behind_a_cold_cache(monkeypatch) -> None:
+    """With stand-ins for CUDA: what is queued, in which order, and what is made of the times."""
+    queued: list[str] = []
+    elapsed = iter([5.0] * 3 + [3.0, 1.0, 2.0] * 100)
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            queued.append("event")
+
+        def elapsed_time(self, other: Event) -> float:
+            return next(elapsed)
+
+    card = SimpleNamespace(L2_cache_size=1 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: queued.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: queued.append("sleep"))
+    monkeypatch.setattr(
+        torch, "empty", lambda *shape, **keywords: SimpleNamespace(zero_=lambda: queued.append("flush"))
+    )
+    found = Clock("cuda").time(lambda: queued.append("call"))
+    assert (found.median, found.minimum) == (2.0, 1.0)
+    warm_up, measured = queued[:4], queued[4 + 15 + 1 :]
+    assert warm_up == ["call"] * 3 + ["wait"]
+    assert measured[:10] == ["flush", "sleep", "event", "call", "event"] * 2
+    assert measured.count("call") == 80 and measured[-1] == "wait"  # 400 ms at 5 ms a call

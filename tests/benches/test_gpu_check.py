@@ -6,6 +6,7 @@ import argparse
 import itertools
 import re
 import sys
+from types import SimpleNamespace
 
 import check
 import examine
@@ -174,3 +175,23 @@ def test_a_process_that_ends_early_is_a_failure(monkeypatch, program, expected) 
         check.subprocess, "Popen", lambda command, **options: run([sys.executable, "-c", program], **options)
     )
     assert list(check._child_lines(asked, "made_up")) == expected
+
+
+def test_operators_run_side_by_side(monkeypatch) -> None:
+    """Every line of every process arrives, once, whatever the order."""
+    program = (
+        "import sys, time; name = sys.argv[sys.argv.index('--operator') + 1]; "
+        "[(print('ok    ', name, n, flush=True), time.sleep(0.01)) for n in range(20)]; "
+        f"print({check._DONE!r})"
+    )
+    run = check.subprocess.Popen
+    monkeypatch.setattr(
+        check.subprocess,
+        "Popen",
+        lambda command, **options: run([sys.executable, "-c", program, *command[2:]], **options),
+    )
+    card = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    asked = argparse.Namespace(seed=0, dtype=["float32"], path=["triton"], operator=list(check.OPERATORS))
+    found = list(check._children(asked))
+    assert sorted(found) == sorted(f"ok     {name} {n}" for name in check.OPERATORS for n in range(20))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import anndata as ad
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import scfm
-from scfm.cli.doctor import _joined
+from scfm.cli.doctor import _gpu, _joined
 from scfm.cli.main import app
 
 runner = CliRunner()
@@ -132,6 +133,15 @@ def test_doctor_prints_the_path_of_every_operator() -> None:
 def test_doctor_groups_dtypes_that_share_a_reason() -> None:
     assert _joined({"float32": "a", "bfloat16": "b", "float16": "b"}) == "a (float32); b (bfloat16, float16)"
     assert _joined({"float32": "a", "bfloat16": "a"}) == "a"
+
+
+def test_doctor_names_the_gpu(monkeypatch) -> None:
+    assert _gpu().startswith("none: ")
+    card = SimpleNamespace(name="Some GPU", major=9, minor=0, total_memory=141 * 2**30)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: card)
+    assert _gpu() == "Some GPU, compute capability 9.0, 141 GiB, 2 of them"
 
 
 def test_pretrain_from_settings(tiny_adata, tmp_path) -> None:
