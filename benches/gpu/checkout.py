@@ -24,12 +24,17 @@ NO_GPU = 3  # the exit status where there is none
 
 
 def use_checkout() -> None:
-    """Make ``scfm`` and ``scfm.kernels`` importable, whether or not an editable install is there."""
+    """Make ``scfm`` and ``scfm.kernels`` importable, whether or not an editable install of this checkout is there."""
     for folder in (ROOT / "benches", ROOT / "python"):  # benches: the shapes
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
     import scfm
 
+    found = Path(scfm.__file__).resolve()
+    if ROOT not in found.parents:  # an editable install of another checkout comes before any path
+        sys.exit(
+            f"{sys.executable} has scfm installed from {found.parent}, not from {ROOT}: take another Python"
+        )
     if importlib.util.find_spec("scfm.kernels") is None:
         scfm.__path__.append(str(ROOT))
 
