@@ -20,6 +20,7 @@ _HOME = {
     "PackedCells": "scfm.data.packed",
     "CellSource": "scfm.data.source",
     "GeneformerTokenizer": "scfm.tokenize.geneformer",
+    "ScgptTokenizer": "scfm.tokenize.scgpt",
     "pretrain": "scfm.train.pretrain",
     "PretrainConfig": "scfm.train.config",
     "ScfmError": "scfm.errors",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from scfm.errors import ScfmWarning as ScfmWarning
     from scfm.models.load import load as load
     from scfm.tokenize.geneformer import GeneformerTokenizer as GeneformerTokenizer
+    from scfm.tokenize.scgpt import ScgptTokenizer as ScgptTokenizer
     from scfm.train.config import PretrainConfig as PretrainConfig
     from scfm.train.pretrain import pretrain as pretrain
 

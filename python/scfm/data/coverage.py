@@ -17,6 +17,7 @@ _ROUTE_WORDS = {
     "authors_symbol": "by symbol",
     "symbol_table": "by symbol (package table)",
     "ortholog": "by one-to-one orthologue",
+    "upper_cased": "by upper-cased symbol",
 }
 _NAMED = 10
 

@@ -21,7 +21,7 @@ from scfm.data.gene_identifiers import GeneColumn, GeneTable
 from scfm.data.gene_tables import human_symbols, mouse_orthologs
 from scfm.errors import GeneMappingError, InvalidArgumentError
 
-__all__ = ["GeneMapping", "map_genes"]
+__all__ = ["GeneMapping", "map_genes", "refuse_murine"]
 
 _RULES = ("auto", "authors", "all")
 _SPECIES = ("human", "mouse")
@@ -38,7 +38,7 @@ class GeneMapping:
     """One entry a column of the counts.
 
     ids: Ensembl id in the model's vocabulary, or None; keys: the identifier that led there, or None;
-    routes: "ensembl", "ensembl_version", "authors_symbol", "symbol_table", "ortholog" or "unmapped".
+    routes: "ensembl", "ensembl_version", "authors_symbol", "symbol_table", "ortholog", "upper_cased" or "unmapped".
     collapse: columns with the same id are to be summed; when False, repeated ids stay apart, as the authors
     do it. ambiguous: symbol -> its possible ids, all in the vocabulary; missing: names of the genes without
     id; notes: sentences for the user, to be shown as warnings.
@@ -93,7 +93,7 @@ def map_genes(
         mapping = _mouse_rule(search, dictionaries)
     elif rules == "authors" or (rules == "auto" and _authors_rule_fits(search, dictionaries)):
         if rules == "auto":
-            _refuse_murine(search, sum(text in known for text in search.table.authors_texts or []))
+            refuse_murine(search.table, sum(text in known for text in search.table.authors_texts or []))
         mapping = _authors_rule(search, dictionaries)
     else:
         mapping = _general_rule(search, dictionaries)
@@ -257,7 +257,7 @@ def _general_rule(search: _Search, dictionaries: _Dictionaries) -> GeneMapping:
     ambiguous = _ambiguous_symbols(search, dictionaries)
     _take_symbols(search, dictionaries.symbol)
     # Before upper-casing: that would turn murine Cd3e into human CD3E without a word.
-    _refuse_murine(search, search.num_genes - len(search.open))
+    refuse_murine(search.table, search.num_genes - len(search.open))
 
     def upper_cased(text: str) -> _Found | None:
         return None if text.isupper() or text in ambiguous else dictionaries.symbol(text.upper())
@@ -345,20 +345,20 @@ def _mouse_rule(search: _Search, dictionaries: _Dictionaries) -> GeneMapping:
     return search.result(collapse=collapse, ambiguous={}, notes=[*notes, *shared])
 
 
-def _refuse_murine(search: _Search, num_human: int) -> None:
+def refuse_murine(table: GeneTable, num_human: int) -> None:
     """Raise GeneMappingError when far more genes are murine than map as they are written."""
-    if not search.num_genes or num_human >= _MAPPED_SHARE * search.num_genes:
+    if not table.num_genes or num_human >= _MAPPED_SHARE * table.num_genes:
         return
     murine = mouse_orthologs().symbols
     found: set[int] = set()
-    for column in search.table.ensembl:
+    for column in table.ensembl:
         found.update(i for i, gene in enumerate(column.ensembl) if gene and gene.startswith("ENSMUSG"))
-    for column in search.table.symbols:
+    for column in table.symbols:
         found.update(i for i, text in enumerate(column.texts) if text in murine)
-    if len(found) >= _MURINE_SHARE * search.num_genes and len(found) > 5 * num_human:
-        examples = ", ".join(search.table.names(sorted(found)[:5]))
+    if len(found) >= _MURINE_SHARE * table.num_genes and len(found) > 5 * num_human:
+        examples = ", ".join(table.names(sorted(found)[:5]))
         raise GeneMappingError(
-            f"the genes look murine ({len(found):,} of {search.num_genes:,}, e.g. {examples}) and the model's "
+            f"the genes look murine ({len(found):,} of {table.num_genes:,}, e.g. {examples}) and the model's "
             "are human",
             where="genes",
             hint="Give species='mouse' to map them through one-to-one orthologues.",

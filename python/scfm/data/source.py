@@ -68,6 +68,7 @@ class CellSource:
         self._genes: pd.DataFrame | None = None
         self._obs: pd.DataFrame | None = None
         self._told: set[str] = set()
+        self._fractions_expected = False
 
     def __len__(self) -> int:
         return self._matrix.num_cells if self._rows is None else len(self._rows)
@@ -204,9 +205,14 @@ class CellSource:
     def tell(self, report: CountsReport) -> None:
         """Warn of what the checks saw, each kind once a source."""
         for kind, message in report.messages().items():
-            if kind not in self._told:
+            if kind not in self._told and not (kind == "nonintegers" and self._fractions_expected):
                 self._told.add(kind)
                 warnings.warn(f"{self.name}: {self.counts_from}: {message}", ScfmWarning, stacklevel=4)
+
+    def expect_fractions(self) -> None:
+        """For models that take any values from 0: no warning says that these are no raw counts."""
+        for part in self.parts:
+            part._fractions_expected = True
 
     def windows(self, block_size: int = 4096, *, empty_bad_cells: bool = False) -> Iterator[Window]:
         """The cells of ``blocks(block_size)`` in the form that any order of any parts has."""
@@ -269,6 +275,7 @@ class CellSource:
             rows=chosen if self._rows is None else self._rows[chosen],
         )
         source._genes = self._genes
+        source._fractions_expected = self._fractions_expected
         return source
 
     def __repr__(self) -> str:

@@ -21,12 +21,14 @@ class TokenizeReport:
 
     num_empty: cells without any known gene; num_filtered: cells left out by obs["filter_pass"];
     num_truncated: cells with more genes than fit; num_tokens: of all cells, special tokens included.
+    library_size_from, values: where the library sizes come from and what the values are like, for the families that
+    ask; None otherwise.
     parts: for a list of sources, the report of each part; ``coverage`` then adds up the parts' columns.
     """
 
     source: str
     counts_from: str
-    library_size_from: str
+    library_size_from: str | None
     coverage: CoverageReport
     num_cells: int = 0
     num_empty: int = 0
@@ -34,15 +36,20 @@ class TokenizeReport:
     num_truncated: int = 0
     num_tokens: int = 0
     num_stored_zeros: int = 0
+    values: str | None = None
     notes: list[str] = field(default_factory=list)
     parts: list[TokenizeReport] = field(default_factory=list)
 
     def __str__(self) -> str:
         share = self.coverage.share_of_counts
         over_parts = "" if share is None else f", {100 * share:.1f} % of counts mapped"
+        origin = f"{'counts' if self.values is None else 'values'} from {self.counts_from}"
+        if self.values is not None:
+            origin += f" ({self.values})"
+        if self.library_size_from is not None:
+            origin += f", library size from {self.library_size_from}"
         lines = [
-            f"{self.source}: {self.num_cells:,} cells, counts from {self.counts_from}, "
-            f"library size from {self.library_size_from}",
+            f"{self.source}: {self.num_cells:,} cells, {origin}",
             f"{len(self.parts):,} parts{over_parts}" if self.parts else str(self.coverage),
             f"{self.num_tokens:,} tokens; {self.num_truncated:,} cells truncated, {self.num_empty:,} without "
             f"a known gene, {self.num_filtered:,} left out by filter_pass",
@@ -78,7 +85,12 @@ def total_of(name: str, parts: Sequence[TokenizeReport]) -> TokenizeReport:
     return TokenizeReport(
         source=name,
         counts_from=", ".join(dict.fromkeys(part.counts_from for part in parts)),
-        library_size_from=", ".join(dict.fromkeys(part.library_size_from for part in parts)),
+        library_size_from=_joined([part.library_size_from for part in parts]),
         coverage=coverage,
         parts=list(parts),
     )
+
+
+def _joined(texts: Sequence[str | None]) -> str | None:
+    said = dict.fromkeys(text for text in texts if text is not None)
+    return ", ".join(said) if said else None
