@@ -7,6 +7,7 @@ A table, not an autotuner: what runs must not depend on a timing, and a first ca
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from .launch import Options
 
@@ -16,7 +17,7 @@ _FAMILY = {80: 80, 87: 80, 90: 90, 100: 100, 103: 100}
 _SMALLEST = 86
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tiles:
     """own: tokens a program holds (queries, or keys for their gradients); streamed: those of a loop's turn."""
 
@@ -65,6 +66,7 @@ _HALF_PRECISION: dict[int, list[_Row]] = {
 }
 
 
+@cache
 def _row(architecture: int, head_dim: int, bits: int) -> _Row:
     rows = _HALF_PRECISION[_FAMILY.get(architecture, _SMALLEST)] if bits == 16 else _FULL_PRECISION
     return next(row for row in rows if head_dim <= row[0])

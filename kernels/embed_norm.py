@@ -8,6 +8,7 @@ order of its tokens (see table_grads.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -159,6 +160,7 @@ def _inputs(ids: Sequence[Tensor], tables: Sequence[Tensor], addend: Tensor | No
     ]
 
 
+@cache
 def _shape_of_programs(size: int, num_tables: int, has_addend: bool) -> tuple[dict[str, Any], Options]:
     columns = triton.next_power_of_2(max(size, 1))
     rows = max(_ELEMENTS // columns, 1)

@@ -175,7 +175,7 @@ def _query_grad_block(
     return tl.dot(t.to(q.dtype), w, dq, input_precision=PRECISION), total, tl.sum(t, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def favor_query_grad_kernel(
     grad_out_ptr, q_ptr, w_ptr, rest_ptr, matrix_ptr, totals_ptr, columns_ptr, scale_ptr, dq_ptr, shift_ptr,
     inverse_ptr, delta_ptr, tiles_ptr, cu_seqlens_ptr, num_tokens, scale, eps, num_heads, num_features,

@@ -16,6 +16,7 @@ one, its rounding times the length of a query would be the largest error of all 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -62,20 +63,36 @@ class Summary:
 
 
 def split_projection(projection: Tensor, dtype: torch.dtype) -> Features:
-    """The halves of a contiguous float32 projection for tensors of ``dtype``; kept on it until it is changed."""
+    """The halves of a contiguous float32 projection for tensors of ``dtype``; kept on it until it is changed.
+
+    Not kept where that cannot be told (tensors of inference mode) or would hold memory of a CUDA graph's capture.
+    """
     if dot_dtype(dtype) == tl.float32:
         return Features(projection, projection, False)
-    version = -1 if projection.is_inference() else projection._version
-    kept = projection.__dict__.get(_HALVES)
-    if kept is None or version < 0 or kept[:2] != (version, dtype):
-        high = projection.to(dtype)
-        kept = (version, dtype, Features(high, (projection - high.float()).to(dtype), True))
+    if projection.is_inference() or (projection.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return _split(projection, dtype)
+    key = projection._version, dtype
+    kept: tuple[object, Features] | None = projection.__dict__.get(_HALVES)
+    if kept is None or kept[0] != key:
+        kept = key, _split(projection, dtype)
+        if projection.is_cuda:  # once a model: from now on any stream may read them
+            torch.cuda.current_stream(projection.device).synchronize()
         setattr(projection, _HALVES, kept)
-    features: Features = kept[2]
-    return features
+    return kept[1]
+
+
+def _split(projection: Tensor, dtype: torch.dtype) -> Features:
+    high = projection.to(dtype)
+    return Features(high, (projection - high.float()).to(dtype), True)
 
 
 def constants(dtype: torch.dtype, head_dim: int, sizes: Tiles) -> dict[str, object]:
+    """The kernels' constexpr parameters; not to be changed."""
+    return _constants(dtype, head_dim, sizes, dot_precision(dtype))
+
+
+@cache
+def _constants(dtype: torch.dtype, head_dim: int, sizes: Tiles, precision: str) -> dict[str, object]:
     dot = dot_dtype(dtype)
     return {
         "HEAD_DIM": head_dim,
@@ -83,11 +100,12 @@ def constants(dtype: torch.dtype, head_dim: int, sizes: Tiles) -> dict[str, obje
         "OWN": sizes.own,
         "STREAMED": sizes.streamed,
         "DOT_DTYPE": dot,
-        "PRECISION": dot_precision(dtype),
+        "PRECISION": precision,
         "SPLIT": dot != tl.float32,
     }
 
 
+@cache
 def merge_constants(num_features: int, head_dim: int, own: int) -> dict[str, object]:
     return {
         "HEAD_DIM": head_dim,
@@ -275,7 +293,7 @@ def half_norms(x, scale):
     return tl.sum(wide * wide, 1) * (scale * scale * 0.5)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def favor_norms_kernel(
     k_ptr, norms_ptr, num_tokens, scale, num_heads, stride_kt, stride_kh,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
@@ -351,7 +369,7 @@ def _add_keys(
     return acc, new_top, total * shrink + tl.sum(p.to(tl.float32), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def favor_keys_kernel(
     k_ptr, v_ptr, w_ptr, rest_ptr, norms_ptr, tops_ptr, totals_ptr, matrix_ptr, values_ptr, largest_ptr,
     tiles_ptr, cu_seqlens_ptr, num_tokens, scale, num_heads, num_features, num_blocks,
@@ -417,7 +435,7 @@ def _add_queries(
     return acc, total - tl.sum(p.to(tl.float32) * delta[None, :], 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def favor_queries_kernel(
     q_ptr, grad_out_ptr, w_ptr, rest_ptr, shift_ptr, inverse_ptr, delta_ptr, totals_ptr, matrix_ptr,
     largest_ptr, tiles_ptr, cu_seqlens_ptr, num_tokens, scale, num_heads, num_features, num_blocks, eps,

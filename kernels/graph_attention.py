@@ -222,7 +222,7 @@ def _query_grad_listed(
     return tl.dot(ds.to(q.dtype), k, dq, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def graph_query_grad_kernel(
     grad_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dq_ptr, tiles_ptr, entries_ptr, words_ptr,
     num_tokens, scale, num_heads,
@@ -281,7 +281,7 @@ def _key_grads_listed(
     return tl.dot(ds.to(k.dtype), q, dk, input_precision=PRECISION), dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def graph_key_grads_kernel(
     grad_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr, entries_ptr, words_ptr,
     num_tokens, scale, num_heads,

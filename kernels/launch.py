@@ -1,10 +1,14 @@
-"""How every Triton kernel here is launched: on the right device, with explicit options, in safe dot types.
+"""How every Triton kernel here is launched: on the right device, with explicit options, in safe dot types, cheaply.
 
 The interpreter (TRITON_INTERPRET=1, read by Triton when a kernel is defined) computes products of bfloat16 on raw
 bits, truncates where it stores bfloat16, and has no tensor cores: there, kernels are told to multiply in float32 and
 to store bfloat16 results as float32, which torch then rounds. On a device the dot type is the
 storage type; float32 is multiplied in full precision unless the user allowed TF32 for torch's own products.
 FP fusion is asked for in every launch, since Triton's default for it differs between versions.
+
+At the widths of this field a kernel runs for as long as Triton's own launch takes on the host (11 us, most of it to
+find out which compiled variant the arguments need). What decides that is little: dtypes, which pointers and numbers
+are divisible by 16, which numbers are 1. So compiled variants are kept here by just that.
 """
 
 from __future__ import annotations
@@ -27,14 +31,15 @@ def _probe():
 
 
 INTERPRETED = not isinstance(_probe, triton.runtime.JITFunction)
+_MAX_INT32 = 2**31 - 1
 MIN_BLOCK_DIM = 16  # the least inner dimension of a product on tensor cores
 _DOT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Options:
-    """How a kernel is compiled: warps of a program, stages of its load pipeline."""
+    """How a kernel is compiled: warps of a program, stages of its load pipeline. Make each once: told by identity."""
 
     num_warps: int = 4
     num_stages: int = 2
@@ -93,23 +98,50 @@ def _capability(index: int) -> int:
 
 def launch(
     kernel: Callable[..., Any],
-    grid: tuple[int, ...],
+    grid: tuple[int],
     arguments: tuple[Any, ...],
     constants: dict[str, Any],
     options: Options,
 ) -> None:
     """Queue ``kernel`` on the current stream of the device of its first tensor; an empty grid is no launch.
 
-    arguments: the kernel's run-time parameters in order; constants: its constexpr parameters by name.
+    arguments: the kernel's run-time parameters in order; constants: its constexpr parameters, which follow, by name.
     """
-    if 0 in grid:
+    if grid[0] == 0:
         return
-    with _on_device_of(arguments):
-        kernel[grid](*arguments, **constants, **options.keywords)  # type: ignore[index]
-
-
-def _on_device_of(arguments: tuple[Any, ...]) -> Any:
     device = next(x.device for x in arguments if isinstance(x, Tensor))
+    with _on(device):
+        if INTERPRETED:
+            kernel[grid](*arguments, **constants, **options.keywords)  # type: ignore[index]
+            return
+        key = (id(kernel), device.index, options, *constants.values(), *_kinds(arguments))
+        kept = _VARIANTS.get(key)
+        if kept is None:
+            compiled = kernel[grid](*arguments, **constants, **options.keywords)  # type: ignore[index]
+            names = kernel.arg_names[len(arguments) :]  # type: ignore[attr-defined]
+            _VARIANTS[key] = compiled, tuple(constants[name] for name in names)
+        else:
+            compiled, values = kept
+            compiled[(grid[0], 1, 1)](*arguments, *values)
+
+
+# (compiled kernel, its constexpr values in order) by what Triton specialises on
+_VARIANTS: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+def _kinds(arguments: tuple[Any, ...]) -> list[Any]:
+    """All that Triton may specialise a kernel on, and nothing finer: dtypes, alignments, ones, 64-bit numbers."""
+    kinds: list[Any] = []
+    for x in arguments:
+        if isinstance(x, Tensor):
+            kinds.append(x.dtype)
+            kinds.append(x.data_ptr() % 16 == 0)
+        elif isinstance(x, int):
+            kinds.append(4 if x == 1 else (x % 16 == 0) + 2 * (x > _MAX_INT32))
+    return kinds
+
+
+def _on(device: torch.device) -> Any:
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)

@@ -26,6 +26,7 @@ _MOST_GENES = 4096  # of the backward at once
 _MOST_GRADIENTS = 1 << 25  # of logits at once: 64 MB in bfloat16
 _GENE_STEP = 128
 _ROWS_MERGED = 128
+_MERGE_OPTIONS = Options(num_warps=4, num_stages=1)
 
 
 def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +54,7 @@ def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
         (triton.cdiv(num_rows, _ROWS_MERGED),),
         (shares, picked, losses, lse, num_rows, num_shares),
         {"ROWS": _ROWS_MERGED},
-        Options(num_warps=4, num_stages=1),
+        _MERGE_OPTIONS,
     )
     return losses, lse
 
@@ -287,7 +288,7 @@ def aot_targets() -> list[Target]:
             head_losses_kernel,
             merged | sizes["num_rows num_shares"],
             {"ROWS": _ROWS_MERGED},
-            Options(num_warps=4, num_stages=1),
+            _MERGE_OPTIONS,
             multiplies=False,
         ),
     ]

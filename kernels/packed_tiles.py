@@ -4,6 +4,7 @@ compiling ahead of time."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import triton
@@ -33,13 +34,19 @@ def strides(*tensors: Tensor) -> list[int]:
 
 
 def constants(dtype: torch.dtype, head_dim: int, sizes: Tiles) -> dict[str, object]:
+    """The kernels' constexpr parameters; not to be changed."""
+    return _constants(dtype, head_dim, sizes, dot_precision(dtype))
+
+
+@cache
+def _constants(dtype: torch.dtype, head_dim: int, sizes: Tiles, precision: str) -> dict[str, object]:
     return {
         "HEAD_DIM": head_dim,
         "D": block_dim(head_dim),
         "OWN": sizes.own,
         "STREAMED": sizes.streamed,
         "DOT_DTYPE": dot_dtype(dtype),
-        "PRECISION": dot_precision(dtype),
+        "PRECISION": precision,
     }
 
 

@@ -18,7 +18,7 @@ from .aot import Target
 from .launch import Options, dot_dtype, dot_precision, launch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tiles:
     """A program's rows and columns of the result, and what it multiplies at a time."""
 

@@ -9,6 +9,9 @@ a tile come first, so that no long tile starts last; a tile's result does not de
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +21,7 @@ from .aot import Target
 from .launch import Options, launch
 
 _CELLS = 128  # compared at a time with a program's own cell
+_OPTIONS = Options(num_warps=1, num_stages=1)
 _CACHE = "_scfm_tiles"
 _MAX_KEPT = 16  # lists of one batch: a few block sizes, of one content; more are of contents that passed
 
@@ -40,18 +44,25 @@ def tile_list(
     not during the capture of a CUDA graph, whose memory must not leak out of it, and not for tensors made in
     inference mode, which do not tell whether they were changed.
     """
+    work = None if work is cu_seqlens and counts is None else work
     key = _key(cu_seqlens, counts, work, num_tokens, block)
     if key is None:
         return _build(cu_seqlens, num_tokens, block, counts, work)
     kept = cu_seqlens.__dict__.setdefault(_CACHE, {})
     found = kept.get(key)
-    if found is None:
+    if found is None or not _are(found[1], (counts, work)):
         if len(kept) >= _MAX_KEPT:
             kept.clear()
-        # The inputs are kept too: as long as they live no other tensor can have their ids.
-        found = kept[key] = (_build(cu_seqlens, num_tokens, block, counts, work), counts, work)
+        # Weak, or two offsets that are sorted by each other would keep each other alive.
+        others = tuple(None if x is None else weakref.ref(x) for x in (counts, work))
+        found = kept[key] = (_build(cu_seqlens, num_tokens, block, counts, work), others)
     tiles: Tensor = found[0]
     return tiles
+
+
+def _are(references: tuple[Any, ...], tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether these are the very tensors, not others that got their ids."""
+    return all(r is None if x is None else r() is x for r, x in zip(references, tensors, strict=True))
 
 
 def _key(
@@ -65,7 +76,7 @@ def _key(
         if torch.cuda.is_current_stream_capturing():
             return None
         stream = torch.cuda.current_stream(cu_seqlens.device).cuda_stream
-    others = tuple(None if x is None or x is cu_seqlens else (id(x), x._version) for x in (counts, work))
+    others = tuple(None if x is None else (id(x), x._version) for x in (counts, work))
     return cu_seqlens._version, others, num_tokens, block, stream
 
 
@@ -86,7 +97,7 @@ def _build(
             "BLOCK": block,
             "CELLS": _CELLS,
         },
-        Options(num_warps=1, num_stages=1),
+        _OPTIONS,
     )
     return tiles
 
@@ -155,7 +166,7 @@ def aot_targets() -> list[Target]:
                 "num_slots": "i32",
             },
             constants={"LENGTHS_ARE_COUNTS": False, "WORK_IS_COUNTS": False, "BLOCK": 128, "CELLS": _CELLS},
-            options=Options(num_warps=1, num_stages=1),
+            options=_OPTIONS,
             multiplies=False,
         )
     ]
