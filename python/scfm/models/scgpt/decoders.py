@@ -9,6 +9,7 @@ The original calls "zero probability" what is the probability that a gene is exp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +51,7 @@ class ExpressionDecoder(nn.Module):
 
     def forward(self, hidden: Tensor, values: Tensor | None = None) -> Expression:
         """hidden: (T, in_size)."""
-        zeros = None if self.zero_logit is None else torch.sigmoid(self.zero_logit(hidden))
+        zeros = None if self.zero_logit is None else row_stable(torch.sigmoid, self.zero_logit(hidden))
         return Expression(self.fc(hidden), zeros)
 
 
@@ -119,14 +120,23 @@ class AffineDecoder(nn.Module):
     def forward(self, hidden: Tensor, values: Tensor, cell_of_token: Tensor, num_cells: int) -> Expression:
         """values: float32 (T,) unperturbed expression; cell_of_token: int64 (T,)."""
         coefficient = self.coeff_decoder(hidden)
-        bias = self.activation(self.bias_decoder.fc(hidden))
+        bias = row_stable(self.activation, self.bias_decoder.fc(hidden))
         if self.adaptive_bias:
             zeros = values.new_zeros(num_cells)
             sums = zeros.index_add(0, cell_of_token, values)
             counts = zeros.index_add(0, cell_of_token, (values != 0).to(values.dtype))
             bias = bias * (sums / counts)[cell_of_token]
-        prediction = self.activation(coefficient.prediction) * values + bias
+        prediction = row_stable(self.activation, coefficient.prediction) * values + bias
         return Expression(prediction, coefficient.zero_probability)
+
+
+def row_stable(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """An elementwise function of a few numbers, through float64.
+
+    torch computes what is left over at the end of a vector by other means than the rest, and the last bit of a
+    number would depend on where it stands.
+    """
+    return function(x.double()).float()
 
 
 def _to_one_number(in_size: int, hidden_size: int) -> nn.Sequential:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from scfm.models.nn.linear import Linear
-from scfm.models.scgpt.decoders import Expression, ToOne
+from scfm.models.scgpt.decoders import Expression, ToOne, row_stable
 from scfm.ops.products import row_stable_linear
 
 QUERY_SIZE = 64  # inner width of the two query styles
@@ -48,7 +48,8 @@ class MvcDecoder(nn.Module):
                 return Expression(prediction)
             keys = row_stable_linear(cells, self.W_zero_logit.weight.T).index_select(0, cell_of_token)
             offset = (cells * self.W_zero_logit.bias).sum(-1).index_select(0, cell_of_token)
-            return Expression(prediction, torch.sigmoid((query * keys).sum(-1) + offset))
+            logits = (query * keys).sum(-1) + offset
+            return Expression(prediction, row_stable(torch.sigmoid, logits))
         each = cells.index_select(0, cell_of_token)
         both = torch.cat([each, query], dim=1) if self.style == "concat query" else each + query
         return Expression(self.fc2(self.hidden_activation(self.fc1(both))))
