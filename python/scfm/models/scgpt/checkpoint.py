@@ -142,7 +142,7 @@ def _ignored(weights: Weights) -> dict[str, str]:
     strangers = unknown_modules(plain.values())
     if strangers:
         warnings.warn(
-            f"{weights.source_file}: {', '.join(strangers[:5])} {_NOT_SCGPT}; listed in model.load_report",
+            f"{weights.source_file}: tensors of {', '.join(strangers[:5])}: {_NOT_SCGPT} (model.load_report has all)",
             ScfmWarning,
             stacklevel=4,
         )
