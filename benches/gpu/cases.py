@@ -20,9 +20,10 @@ Function = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Call:
-    """inputs: what gradients are taken of; alone: (the same call for a part, its rows of the output), or None.
+    """inputs: what gradients are taken of.
 
-    whole: whether a part's gradients are its rows of the whole's, too (they are not for tables and weights).
+    alone: (the operator for a part by itself, the part's inputs, its rows of the whole's output), or None; whole:
+    whether these are the rows of every input and gradient, too (of tables, weights and lone queries they are not).
     """
 
     inputs: tuple[Tensor, ...]

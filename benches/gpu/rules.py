@@ -73,6 +73,8 @@ def complaint(found: Sequence[Tensor], rod: Yardstick) -> tuple[str | None, str]
 
 
 def _share_of_allowed(ours: Tensor, same: Tensor, exact: Tensor, *, is_output: bool) -> float:
+    """Where torch's own overflows in float16, that excuses no error of ours."""
+    same = same.nan_to_num(0.0, 0.0, 0.0)
     scale = max(1.0, float(exact.abs().max()))
     largest, usual = float(ours.abs().max()), float(same.abs().max())
     if is_output:
@@ -83,8 +85,11 @@ def _share_of_allowed(ours: Tensor, same: Tensor, exact: Tensor, *, is_output: b
 
 
 def same_bits(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    """NaN counts as equal to NaN only where both have it."""
-    return all(bool(((a == b) | (a.isnan() & b.isnan())).all()) for a, b in zip(one, other, strict=True))
+    """NaN equals the same NaN, and 0 is not -0."""
+    return all(
+        torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 @contextmanager

@@ -70,14 +70,28 @@ def test_evaluate_takes_arrays_only() -> None:
         assert imported_rooms(file) <= {"errors", "evaluate"}, file
 
 
+def imported_packages(file: Path) -> set[str]:
+    """First parts of what a file imports absolutely, at its top or inside a function."""
+    packages = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module or ""]
+        packages |= {name.split(".")[0] for name in names}
+    return packages - set(sys.stdlib_module_names)
+
+
 def test_kernels_import_torch_and_triton_only() -> None:
     for file in (ROOT / "kernels").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and node.level == 0:
-                names = [node.module or ""]
-            for name in names:
-                assert name.split(".")[0] in {"torch", "triton", *sys.stdlib_module_names}, (file, name)
+        assert imported_packages(file) <= {"torch", "triton"}, file
+
+
+def test_gpu_scripts_import_what_a_bare_machine_has() -> None:
+    """pybind11 only to build the CUDA module, where it is there."""
+    scripts = sorted((ROOT / "benches" / "gpu").glob("*.py"))
+    own = {file.stem for file in scripts} | {"shapes", "attention_peers"}
+    for file in [*scripts, ROOT / "benches" / "attention_peers.py"]:
+        assert imported_packages(file) <= {"torch", "triton", "scfm", "pybind11", *own}, file
 
 
 CSRC_ORDER = {"base": 0, "cpu": 1, "counts": 2, "tokenize": 2, "attention": 2, "bindings": 3}
