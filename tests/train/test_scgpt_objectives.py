@@ -26,6 +26,8 @@ from scfm.train.objectives import (
     FineTuningObjective,
     GenerativeObjective,
     GenerativeTargets,
+    hide_expression,
+    split_expression,
 )
 
 VARIANTS = [
@@ -343,6 +345,31 @@ def test_generation_learns() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
+
+
+def test_what_is_hidden_belongs_to_the_cell_and_epoch() -> None:
+    model = tiny_model()
+    cells = PackedCells.from_lists([[39, *range(n)] for n in (10, 20)], [[-2.0, *range(n)] for n in (10, 20)])
+    shown, targets = hide_expression(
+        model, cells, mask_ratio=0.4, seed=1, epoch=0, classes=torch.tensor([0, 1])
+    )
+    assert targets.scored.sum() == 4 + 8 and (shown.values[targets.scored] == model.config.mask_value).all()
+    assert torch.equal(targets.values, cells.values) and targets.classes is not None
+    alone, its_own = hide_expression(model, cells.select([1]), mask_ratio=0.4, seed=1, epoch=0)
+    assert torch.equal(its_own.scored, targets.scored[11:]) and torch.equal(alone.values, shown.values[11:])
+    _, later = hide_expression(model, cells, mask_ratio=0.4, seed=1, epoch=1)
+    assert not torch.equal(later.scored, targets.scored)
+    FineTuningObjective()(model, shown, targets).total.backward()
+
+
+def test_what_is_to_be_generated_belongs_to_the_cell_and_epoch() -> None:
+    model = tiny_model()
+    cells = PackedCells.from_lists([[39, *range(n)] for n in (10, 20)], [[-2.0, *range(n)] for n in (10, 20)])
+    split, targets = split_expression(cells, mask_ratio=0.5, seed=1, epoch=0)
+    assert targets.num_known.tolist() == [6, 11]
+    alone, its_own = split_expression(cells.select([1]), mask_ratio=0.5, seed=1, epoch=0)
+    assert torch.equal(alone.token_ids, split.token_ids[11:]) and its_own.num_known.tolist() == [11]
+    assert GenerativeObjective()(model, split, targets).total.isfinite()
 
 
 def test_targets_that_do_not_fit_are_named() -> None:

@@ -19,6 +19,8 @@ from scfm.train.scgpt_objectives import (
     GenerativeObjective,
     GenerativeTargets,
     ObjectiveLoss,
+    hide_expression,
+    split_expression,
 )
 
 __all__ = [
@@ -30,6 +32,8 @@ __all__ = [
     "MaskedEvaluation",
     "ObjectiveLoss",
     "evaluate_masked",
+    "hide_expression",
     "mask_genes",
     "masked_gene_loss",
+    "split_expression",
 ]

@@ -20,7 +20,7 @@ nature. Source: the authors' fine-tuning scripts, trainer.py, and pretrain.py of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,8 @@ from scfm.errors import InvalidArgumentError
 from scfm.models.scgpt.model import Scgpt
 from scfm.models.scgpt.output import ScgptOutput
 from scfm.models.scgpt.spatial import impute_from_neighbors
+from scfm.tokenize.scgpt_generative import split_for_generation
+from scfm.tokenize.scgpt_masking import hide_share
 from scfm.train.losses import cell_similarity_loss, contrastive_cell_loss, expressed_loss, masked_mse
 
 __all__ = [
@@ -42,6 +44,8 @@ __all__ = [
     "GenerativeObjective",
     "GenerativeTargets",
     "ObjectiveLoss",
+    "hide_expression",
+    "split_expression",
 ]
 
 SECOND_PASS_AFTER = 1000  # optimiser steps of pretraining before the authors add the second pass
@@ -190,6 +194,36 @@ class GenerativeObjective:
             again = model.forward(packed, first_states=out.cell_embeddings.detach(), **inputs)
             parts["second_pass"] = masked_mse(again.expression, values, unknown)
         return ObjectiveLoss(torch.stack([*parts.values()]).sum(), parts)
+
+
+def hide_expression(
+    model: Scgpt, packed: PackedCells, *, mask_ratio: float = 0.4, seed: int, epoch: int, **targets: Any
+) -> tuple[PackedCells, ExpressionTargets]:
+    """Cells with ``mask_ratio`` of their values hidden by the model's mask value, and these values as targets.
+
+    Which ones depends on (seed, epoch, cell). targets: the other fields of ExpressionTargets. Raises
+    InvalidArgumentError. Source: 0.4 in the authors' integration, 0.15 by default elsewhere.
+    """
+    shown = hide_share(packed, mask_ratio, seed=seed, epoch=epoch, mask_value=model.config.mask_value)
+    assert packed.values is not None
+    return shown.packed, ExpressionTargets(packed.values, shown.hidden, **targets)
+
+
+def split_expression(
+    packed: PackedCells,
+    *,
+    mask_ratio: float | Sequence[float] = (0.25, 0.5, 0.75),
+    seed: int,
+    epoch: int,
+) -> tuple[PackedCells, GenerativeTargets]:
+    """Cells with some genes known and the others to be generated, as GenerativeObjective takes them.
+
+    Which ones, and where several shares are given which share, depends on (seed, epoch, cell); the authors draw one
+    share a batch. Raises InvalidArgumentError.
+    """
+    split = split_for_generation(packed, mask_ratio, seed=seed, epoch=epoch)
+    assert split.packed.values is not None
+    return split.packed, GenerativeTargets(split.packed.values, split.num_known)
 
 
 def _weighted(parts: dict[str, Tensor], objective: FineTuningObjective) -> Tensor:
