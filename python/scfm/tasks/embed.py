@@ -29,9 +29,9 @@ def embed(
     progress: Progress | None = None,
     copy: bool = False,
 ) -> AnnData | None:
-    """Embed every cell of ``adata`` (raw counts in ``raw.X``, ``layers["counts"]`` or ``X``).
+    """Embed every cell of ``adata``: raw counts in ``raw.X``, ``layers["counts"]`` or ``X``; for scGPT ``X`` as it is.
 
-    Writes float32 ``obsm[key_added]`` (default "X_geneformer", by family), one row a cell, and
+    Writes float32 ``obsm[key_added]`` (default "X_geneformer", "X_scgpt", by family), one row a cell, and
     ``uns["scfm"][key_added]``. ``on_bad_cell="nan"`` gives cells without any known gene a row of NaN; rows
     cannot be skipped here. Other arguments as in ``model.embed``. Returns None, or the copy with ``copy=True``.
     """
