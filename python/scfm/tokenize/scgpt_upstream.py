@@ -7,10 +7,11 @@ distributions and do not.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from scfm.data.packed import PackedCells
 
@@ -26,9 +27,15 @@ def upstream_draws(values: np.ndarray, cu_seqlens: np.ndarray) -> dict[str, Any]
     return {"draws": draws, "draw_offsets": np.ascontiguousarray(offsets)}
 
 
-def cut_as_upstream(packed: PackedCells, max_tokens: int | None, *, num_first: int) -> PackedCells:
-    """Cells longer than ``max_tokens`` cut as the original's collator does: the first ``num_first`` tokens, then a
-    permutation of others, which also leaves them in another order.
+def cut_as_upstream(
+    packed: PackedCells,
+    max_tokens: int | None,
+    *,
+    num_first: int,
+    drawn_by: Literal["torch", "numpy"] = "torch",
+) -> PackedCells:
+    """Cells longer than ``max_tokens`` cut as the original does: the first ``num_first`` tokens, then others drawn,
+    in the order drawn. drawn_by: "torch" as its collator does, "numpy" as its fine-tuning tokenizer does.
     """
     lengths = packed.lengths.tolist()
     if max_tokens is None or max(lengths, default=0) <= max_tokens:
@@ -37,7 +44,7 @@ def cut_as_upstream(packed: PackedCells, max_tokens: int | None, *, num_first: i
     places = []
     for start, length in zip(starts, lengths, strict=False):
         if length > max_tokens:
-            drawn = torch.randperm(length - num_first)[: max_tokens - num_first]
+            drawn = _draw(length - num_first, max_tokens - num_first, drawn_by)
             places += [torch.arange(start, start + num_first), drawn + (start + num_first)]
         else:
             places.append(torch.arange(start, start + length))
@@ -49,3 +56,10 @@ def cut_as_upstream(packed: PackedCells, max_tokens: int | None, *, num_first: i
         cu_seqlens=torch.nn.functional.pad(torch.cumsum(cut, 0), (1, 0)).to(torch.int32),
         cell_ids=packed.cell_ids,
     )
+
+
+def _draw(count: int, num_drawn: int, drawn_by: str) -> Tensor:
+    if drawn_by == "torch":
+        return torch.randperm(count)[:num_drawn]
+    # The original's generator, so the legacy one.
+    return torch.from_numpy(np.random.choice(count, num_drawn, replace=False))  # noqa: NPY002
