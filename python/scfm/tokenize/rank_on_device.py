@@ -141,7 +141,7 @@ class RankOnDevice:
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
-        reason = cuda_kernels.objection(torch.empty(0, device=self.device))
+        reason = _objection(self.device)
         if reason is not None:
             raise MissingDependencyError(
                 f"tokens cannot be ranked on {self.device}: {reason}",
@@ -206,6 +206,12 @@ class HostTokens:
     num_gene_tokens: Array
     mapped_counts: Array
     total_counts: Array
+
+
+def _objection(device: torch.device) -> str | None:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "torch sees no GPU"
+    return cuda_kernels.objection(torch.empty(0, device=device))
 
 
 def _room(

@@ -203,7 +203,13 @@ class ScgptTokenizer(SourceTokenizer[_Plan]):
         self._planned.of(source.genes, species)
 
     def _map_and_plan(self, genes: pd.DataFrame, species: str) -> tuple[GeneMapping, _Plan]:
-        mapping = map_symbols(genes, self.vocab.token, gene_column=self.options.gene_column, species=species)
+        mapping = map_symbols(
+            genes,
+            self.vocab.token,
+            gene_column=self.options.gene_column,
+            rules=self.options.gene_rules,
+            species=species,
+        )
         slots = plan_slots(mapping.ids, collapse=self.options.duplicate_genes == "sum")
         tokens = (self.vocab.token[gene] for gene in slots.genes)
         slot_token = np.fromiter(tokens, dtype=np.int32, count=len(slots.genes))
