@@ -14,15 +14,17 @@ from scfm.models.base import FoundationModel
 
 __all__ = ["model_identity"]
 
+_PLACES = ("dictionaries", "vocab")  # where files lie; what they say is hashed
+
 
 def model_identity(model: FoundationModel) -> dict[str, str]:
     """family, weights_sha256, config_sha256, tokenizer_sha256, and sha256 over these."""
     weights = "" if model.load_report is None else model.load_report.weights_sha256
     config: Any = model.config
     config = asdict(config) if is_dataclass(config) and not isinstance(config, type) else vars(config)
-    settings = {key: value for key, value in model.tokenizer.describe().items() if key != "dictionaries"}
+    settings = {key: value for key, value in model.tokenizer.describe().items() if key not in _PLACES}
     to_json = getattr(model.vocab, "to_json", None)
-    vocabulary = to_json() if callable(to_json) else ""
+    vocabulary = to_json() if callable(to_json) else getattr(model.vocab, "token", "")
     facts = {
         "family": model.family,
         "weights_sha256": weights or _state_sha256(model),

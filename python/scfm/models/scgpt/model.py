@@ -125,6 +125,16 @@ class Scgpt(FoundationModel):
             )
         return self._tokenizer
 
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: ScgptTokenizer) -> None:
+        """Another one with the same vocabulary: other genes kept of long cells, the authors' own draws, ..."""
+        if tokenizer.vocab.size != self.config.vocab_size:
+            raise InvalidArgumentError(
+                f"its vocabulary has {tokenizer.vocab.size:,} tokens, the model {self.config.vocab_size:,}",
+                where="tokenizer",
+            )
+        self._tokenizer = tokenizer
+
     @property
     def default_layer(self) -> int:
         """The authors' default: 0, the last layer."""
