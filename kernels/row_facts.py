@@ -82,8 +82,8 @@ def aot_targets() -> list[Target]:
     signature |= {"lse_ptr": "*fp32:16", "lse_by_head_ptr": "*fp32:16", "delta_ptr": "*fp32:16"}
     signature |= {"num_tokens": "i32", "num_heads": "i32"}
     signature |= {f"stride_{name}": "i32:16" for name in ("ot", "oh", "gt", "gh")}
-    signature |= {f"stride_{name}": "i32" for name in ("lt", "lh")}
-    constants = {"HEAD_DIM": 64, "D": 64, "ROWS": _ROWS, "stride_od": 1, "stride_gd": 1}
+    signature |= {"stride_lt": "i32"}
+    constants = {"HEAD_DIM": 64, "D": 64, "ROWS": _ROWS, "stride_od": 1, "stride_gd": 1, "stride_lh": 1}
     return [
         Target(
             "backward_rows D=64 bf16", backward_rows_kernel, signature, constants, _OPTIONS, multiplies=False

@@ -40,12 +40,12 @@ class _Compiled:
 
     function = packed_metadata = None
 
-    def __init__(self, name: str, options: dict[str, Any]) -> None:
+    def __init__(self, name: str, options: dict[str, Any], signature: dict[str, str]) -> None:
         self.name, self.options = name, options
-        self.note("compiled", None)
+        self.note("compiled", None, signature=signature)
 
-    def note(self, what: str, grid: Any) -> None:
-        NOTES.append({"kernel": self.name, "what": what, "grid": grid, **self.options})
+    def note(self, what: str, grid: Any, **more: Any) -> None:
+        NOTES.append({"kernel": self.name, "what": what, "grid": grid, **self.options, **more})
 
     def launch_metadata(self, *_: Any) -> None:
         return None
@@ -59,7 +59,12 @@ class _Compiled:
 
 def _compile(src: Any, *, target: GPUTarget, options: dict[str, Any]) -> _Compiled:
     kept = {name: options[name] for name in ("enable_fp_fusion", "num_warps", "num_stages")}
-    return _Compiled(src.fn.__name__, kept)
+    signature = {
+        name: kind + ":16" * bool(src.attrs.get((place,)))
+        for place, (name, kind) in enumerate(src.signature.items())
+        if kind != "constexpr"
+    }
+    return _Compiled(src.fn.__name__, kept, signature)
 
 
 def attention(total: int, seed: int) -> list[torch.Tensor]:

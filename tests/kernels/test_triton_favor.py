@@ -81,7 +81,7 @@ def test_head_dims_and_features(head_dim, num_features, dtype, device):
 @pytest.mark.parametrize("length", [63, 64, 65, 150])
 def test_chunks_are_joined(length, dtype, device, monkeypatch):
     """Cells of several partial sums, with very different maxima in each."""
-    monkeypatch.setattr(favor_context, "_CHUNK", 64)
+    monkeypatch.setattr(favor_context, "CHUNK", 64)
     lengths = [length, 1, 0, 129]
     q, k, v, upstream = packs.heads(sum(lengths), dtype=dtype)
     k = k * torch.linspace(0.1, 1.6, len(k))[:, None, None].to(dtype)
@@ -89,7 +89,7 @@ def test_chunks_are_joined(length, dtype, device, monkeypatch):
 
 
 def test_a_cell_longer_than_a_chunk(device):
-    q, k, v, upstream = packs.heads(favor_context._CHUNK + 3, 1, dtype=torch.float32)
+    q, k, v, upstream = packs.heads(favor_context.CHUNK + 3, 1, dtype=torch.float32)
     check(q, k, v, upstream, random_projection(9, 16), packs.offsets([len(q)]), device)
 
 
@@ -175,7 +175,7 @@ def test_strided_inputs(layout, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_cell_does_not_feel_the_others(dtype, device, monkeypatch):
     """Bit for bit the same alone, between others, and after a cell of NaN."""
-    monkeypatch.setattr(favor_context, "_CHUNK", 64)
+    monkeypatch.setattr(favor_context, "CHUNK", 64)
     q, k, v, upstream = packs.heads(91, dtype=dtype)
     projection = random_projection(23, 16, dtype)
     expected = run(q, k, v, upstream, projection, packs.offsets([91]), device=device)

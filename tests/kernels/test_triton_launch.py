@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from scfm.kernels import aot
 
 pytestmark = pytest.mark.compiled
 # The first pack compiles. Numbers of tokens and cells that are 1, odd, even and multiples of 16 follow, and again.
@@ -55,3 +56,14 @@ def test_grids_have_one_dimension() -> None:
     grids = [n["grid"] for pack in notes() for n in pack if n["grid"]]
     assert grids
     assert all(grid[1:3] == [1, 1] for grid in grids)
+
+
+def test_what_is_compiled_ahead_of_time_is_what_launches_ask_for() -> None:
+    """Types and alignments of every target that is not rare, as Triton found them in the arguments."""
+    asked: dict[str, list[dict]] = {}
+    for note in (n for pack in notes() for n in pack if n["what"] == "compiled"):
+        asked.setdefault(note["kernel"], []).append(note["signature"])
+    targets = [t for module in aot.MODULES for t in aot.targets_of(module) if not t.rare]
+    assert {t.kernel.__name__ for t in targets} == set(asked)
+    wrong = {t.name: t.signature for t in targets if t.signature not in asked[t.kernel.__name__]}
+    assert wrong == {}
