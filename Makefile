@@ -9,7 +9,7 @@ STAMPS := .stamps
 export SCFM_GOLDENS ?= $(wildcard $(CURDIR)/../shared/goldens)
 export SCFM_DATA    ?= $(wildcard $(CURDIR)/../shared/data)
 
-NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.hpp') CMakeLists.txt pyproject.toml
+NATIVE := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 
 .PHONY: help build demo test bench test-gpu bench-gpu lint format sanitize clean
 help:
@@ -57,11 +57,11 @@ lint: $(STAMPS)/test $(STAMPS)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc -name '*.cpp' -o -name '*.hpp' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc tests/cuda/emulation -type f | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(STAMPS)/lint
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
-	find csrc -name '*.cpp' -o -name '*.hpp' | xargs $(BIN)/clang-format -i
+	find csrc tests/cuda/emulation -type f | xargs $(BIN)/clang-format -i
 
 # The native tests under AddressSanitizer and UBSan. Masked AVX-512 accesses are invisible to ASan, so the
 # narrower instruction sets are the ones forced here; guard pages cover AVX-512 in the ordinary tests.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from scfm.errors import InvalidArgumentError
-from scfm.ops import native, paths, triton_kernels
+from scfm.ops import cuda_kernels, native, paths, triton_kernels
 from scfm.ops.arguments import check_heads, wide
 from scfm.ops.gene_graph import GraphPlan
 
@@ -28,6 +28,7 @@ paths.register(
         paths.Path(
             "native", "scfm's C++ kernels", native.objection_unless("graph_forward", "graph_backward")
         ),
+        paths.Path("cuda", "scfm's CUDA kernels, along the edges", cuda_kernels.objection),
         paths.Path("triton", "scfm's Triton kernels, block-sparse", triton_kernels.objection),
         paths.Path("torch", "the formula in torch", lambda tensor: None),
     ],
@@ -87,6 +88,8 @@ def _forward(
         arrays = [native.array(x) for x in (*stored, out, lse, row_offsets, columns)]
         native.with_torch_threads(_native.graph_forward, *arrays, scale)
         return out.to(q.dtype), lse
+    if path == "cuda":
+        return cuda_kernels.graph_forward(q, k, v, row_offsets, columns, scale)
     if path == "triton":
         from scfm.kernels import graph_attention as kernels
 
@@ -135,6 +138,9 @@ def _backward(
         native.with_torch_threads(_native.graph_backward, *arrays, scale)
         dq, dk, dv = (x.to(q.dtype) for x in grads)
         return dq, dk, dv
+    if path == "cuda":
+        plan = (row_offsets, columns, col_offsets, rows)
+        return cuda_kernels.graph_backward(grad_out, q, k, v, out, lse, plan, scale)
     if path == "triton":
         from scfm.kernels import graph_attention as kernels
 

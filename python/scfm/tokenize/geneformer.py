@@ -100,7 +100,7 @@ class GeneformerTokenizer(SourceTokenizer[_Plan]):
         self.species = species
         self.options = TokenizerOptions(**options)
         on_cpu = device is None or torch.device(device).type == "cpu"
-        self._rank_on_device = None if on_cpu else RankOnDevice(device)
+        self._rank_on_device = None if device is None or on_cpu else RankOnDevice(device)
         self.report = None
         self._prefix = vocab.token.get("<cls>", _NO_TOKEN) if vocab.version == "V2" else _NO_TOKEN
         self._suffix = vocab.token.get("<eos>", _NO_TOKEN) if vocab.version == "V2" else _NO_TOKEN

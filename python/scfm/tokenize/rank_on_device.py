@@ -7,7 +7,7 @@ tests/cuda checks, kernel by kernel. Not run on a GPU yet.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -130,7 +130,7 @@ def rank_on_device(
     )
     num_tokens = int(result.cu_seqlens[-1])
     counts = None if result.counts is None else result.counts[:num_tokens]
-    return DeviceTokens(**{**vars(result), "token_ids": result.token_ids[:num_tokens], "counts": counts})
+    return replace(result, token_ids=result.token_ids[:num_tokens], counts=counts)
 
 
 class RankOnDevice:
@@ -168,9 +168,10 @@ class RankOnDevice:
         with_counts: bool,
     ) -> HostTokens:
         table = self._table(column_slot, slot_token, slot_median, num_single, arithmetic)
-        arrays = (torch.from_numpy(x).to(self.device) for x in (indptr, indices, data))
         tokens = rank_on_device(
-            *arrays,
+            torch.from_numpy(indptr).to(self.device),
+            torch.from_numpy(indices).to(self.device),
+            torch.from_numpy(data).to(self.device),
             table,
             torch.from_numpy(library_size).to(self.device),
             keep_zeros=keep_zeros,
@@ -180,7 +181,12 @@ class RankOnDevice:
             with_counts=with_counts,
         )
         return HostTokens(
-            **{name: None if x is None else x.cpu().numpy() for name, x in vars(tokens).items()}
+            token_ids=tokens.token_ids.cpu().numpy(),
+            counts=None if tokens.counts is None else tokens.counts.cpu().numpy(),
+            cu_seqlens=tokens.cu_seqlens.cpu().numpy(),
+            num_gene_tokens=tokens.num_gene_tokens.cpu().numpy(),
+            mapped_counts=tokens.mapped_counts.cpu().numpy(),
+            total_counts=tokens.total_counts.cpu().numpy(),
         )
 
     def _table(
