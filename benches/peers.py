@@ -241,3 +241,52 @@ def performer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, projection: tor
     inverse = 1.0 / torch.einsum("...nd,...d->...n", q_features, k_features.sum(dim=-2))
     context = torch.einsum("...nd,...ne->...de", k_features, v)
     return torch.einsum("...de,...nd,...n->...ne", context, q_features, inverse)
+
+
+# ---- scGPT's data set and collator -------------------------------------------------------------------------------
+# As embed_data runs them: the whole matrix made dense, each row's non-zero values behind <cls>, then a batch's cells
+# binned one by one (quantiles, two searches, a random number a value), sampled to length with torch and padded. The
+# original spreads this over the workers of a DataLoader; here it runs in this process, so rates are those of one.
+
+SCGPT_MAX_TOKENS, SCGPT_NUM_BINS, SCGPT_BATCH = 1200, 51, 64
+SCGPT_PAD_VALUE = -2.0
+
+
+def scgpt_example(row: Array, gene_ids: Array, cls_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One row of the dense matrix: ids and values of its expressed genes, <cls> first."""
+    (expressed,) = np.nonzero(row)
+    values = np.insert(row[expressed], 0, SCGPT_PAD_VALUE)
+    genes = np.insert(gene_ids[expressed], 0, cls_id)
+    return torch.from_numpy(genes).long(), torch.from_numpy(values).float()
+
+
+def scgpt_bins(values: Array) -> Array:
+    """Quantile bins; where several edges equal a value, one of the bins between them at random."""
+    edges = np.quantile(values, np.linspace(0, 1, SCGPT_NUM_BINS - 1))
+    left = np.digitize(values, edges)
+    right = np.digitize(values, edges, right=True)
+    # The original's generator, so the legacy one.
+    return np.ceil(np.random.rand(len(values)) * (right - left) + left)  # noqa: NPY002
+
+
+def scgpt_batches(
+    matrix: Any, gene_ids: Array, cls_id: int, pad_id: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Padded batches of gene ids and bins, each (cells, tokens)."""
+    dense = matrix.toarray() if sp.issparse(matrix) else matrix
+    for start in range(0, len(dense), SCGPT_BATCH):
+        rows = dense[start : start + SCGPT_BATCH]
+        examples = [scgpt_example(row, gene_ids, cls_id) for row in rows]
+        longest = min(SCGPT_MAX_TOKENS, max(len(genes) for genes, _ in examples))
+        padded = []
+        for genes, values in examples:
+            values[1:] = torch.from_numpy(scgpt_bins(values[1:].numpy()))
+            if len(genes) > longest:
+                kept = torch.randperm(len(genes) - 1)[: longest - 1] + 1
+                kept = torch.cat([torch.zeros(1, dtype=torch.int64), kept])
+                genes, values = genes[kept], values[kept]
+            missing = longest - len(genes)
+            genes = torch.cat([genes, torch.full((missing,), pad_id)])
+            values = torch.cat([values, torch.full((missing,), SCGPT_PAD_VALUE)])
+            padded.append((genes, values))
+        yield torch.stack([genes for genes, _ in padded]), torch.stack([values for _, values in padded])
