@@ -26,8 +26,11 @@ from scfm.errors import (
     ScfmError,
     UnsafeCheckpointError,
 )
+from scfm.models.scgpt.config import ScgptConfig
 from scfm.models.scgpt.model import Scgpt
 from scfm.models.scgpt.names import our_name, plain_name, their_name
+from scfm.models.scgpt.original import ARGS as ARGS_NAMES
+from scfm.models.scgpt.original import Source, config_of
 
 ARGS = {
     "embsize": 32,
@@ -354,6 +357,45 @@ def test_malformed_files_are_named(folder, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
     with pytest.raises(FormatError, match=name.replace(".", r"\.")):
         scfm.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"colour": "red"}, "colour"),
+        ({"hidden_size": "32"}, "hidden_size"),
+        ({"hidden_size": 64}, "wrong shape"),
+        ({"num_classes": 3}, r"missing[\s\S]*cls_decoder"),
+        ({"mvc_style": None}, r"unexpected[\s\S]*mvc_decoder"),
+        ({"vocab_size": 5}, "123 tokens"),
+    ],
+)
+def test_a_saved_folder_that_was_changed_is_refused(model, tmp_path: Path, change: dict, named: str) -> None:
+    folder = model.save(tmp_path / "saved")
+    content = json.loads((folder / "config.json").read_text())
+    content["scfm"]["config"] |= change
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises((CheckpointError, ConfigError), match=named):
+        scfm.load(folder)
+    del content["scfm"]["config"]
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"scfm\.config"):
+        scfm.load(folder)
+
+
+@pytest.mark.golden
+def test_the_released_whole_human_model_has_its_size(goldens) -> None:
+    """args.json is the real one; its weights, of which no number is needed, are those of a published file's size."""
+    args = json.loads((goldens("scgpt/vocab") / "args_whole_human.json").read_text())
+    config = ScgptConfig(vocab_size=60_697, mvc_style="inner product", has_flags=True)
+    with torch.device("meta"):
+        model = Scgpt(config)
+    assert model.num_parameters() == 51_330_049
+    shapes = {their_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found, absent = config_of(
+        shapes, Path("best_model.pt"), args=Source("args.json", args, ARGS_NAMES), kwargs=[]
+    )
+    assert found == config and not absent
 
 
 def test_layers_without_end_are_refused_before_anything_is_allocated(folder) -> None:

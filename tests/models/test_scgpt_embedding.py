@@ -88,6 +88,7 @@ def test_rows_follow_the_cells_in_any_order_and_chunk(adata, tmp_path) -> None:
     np.testing.assert_array_equal(model.embed(adata[order], token_budget=50), whole[order])
     np.testing.assert_array_equal(model.embed(adata[[7]].copy()), whole[[7]])
     np.testing.assert_array_equal(model.embed(model.tokenize(adata)), whole)
+    assert model.embed(adata[:0]).shape == (0, 32)
     adata.write_h5ad(tmp_path / "cells.h5ad")
     np.testing.assert_array_equal(model.embed(tmp_path / "cells.h5ad"), whole)
     np.testing.assert_array_equal(model.embed([adata[:9].copy(), adata[9:].copy()]), whole)

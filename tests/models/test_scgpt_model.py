@@ -168,6 +168,16 @@ def test_sampling_follows_the_probabilities_and_the_key() -> None:
     assert part.sampled_mvc(seed=1).shape == part.mvc.shape
 
 
+def test_no_cells_at_all() -> None:
+    nothing = scfm.PackedCells.from_lists([], [])
+    for name in PARTS:
+        model = scgpt_cells.model(name)
+        for rows in everything(model, nothing).values():
+            assert len(rows) == 0
+        if name != "batches":
+            assert model.embed(nothing).shape == (0, 32)
+
+
 def test_what_is_kept_follows_the_weights() -> None:
     model = scgpt_cells.model().set_compute_dtype("bfloat16")
     packed = cells(4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,10 +13,8 @@ from scfm.errors import InvalidArgumentError
 from scfm.models.output import ModelOutput
 from scfm.models.scgpt.decoders import Expression
 from scfm.models.scgpt.inputs import Inputs
+from scfm.models.scgpt.network import ScgptNetwork
 from scfm.models.scgpt.padding import Padding
-
-if TYPE_CHECKING:
-    from scfm.models.scgpt.model import Scgpt
 
 
 class ScgptOutput(ModelOutput):
@@ -34,7 +31,7 @@ class ScgptOutput(ModelOutput):
         self,
         hidden: Tensor,
         *,
-        model: Scgpt,
+        model: ScgptNetwork,
         inputs: Inputs,
         cells: PackedCells,
         hidden_states: tuple[Tensor, ...] | None = None,

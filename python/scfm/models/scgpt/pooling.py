@@ -22,7 +22,7 @@ POOLINGS = ("cls", "mean", "avg-pool", "w-pool")
 
 def pool_cells(hidden: Tensor, inputs: Inputs, style: str, padding: Padding | None = None) -> Tensor:
     """hidden: float32 (T, hidden_size) -> (C, hidden_size)."""
-    if style == "cls":
+    if style == "cls" or not inputs.num_cells:  # segment_reduce takes no empty batch
         return hidden.index_select(0, inputs.first_rows)
     if style == "mean":
         return mean_of_genes(hidden, inputs.cu_seqlens, leading=1)
