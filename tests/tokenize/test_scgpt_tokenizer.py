@@ -207,6 +207,14 @@ def test_impossible_values_name_row_and_gene(bad: float, words: str) -> None:
     assert packed.cell_ids.tolist() == [0, 1, 2, 3, 5]
 
 
+def test_values_beyond_float32_name_row_and_gene() -> None:
+    matrix = counts(6).astype(np.float64)
+    matrix[4, 17] = 1e300
+    adata = ad.AnnData(matrix, var=pd.DataFrame(index=GENES))
+    with pytest.raises(BadCellError, match=r"X, row 4: gene 17 has value 1e\+300; expected at most 3\.4"):
+        tokenizer()(adata)
+
+
 def test_a_list_of_sources_is_each_by_its_own_genes(tmp_path: Path) -> None:
     first, second = cells(counts(4)), cells(np.log1p(counts(3, 200, seed=1)), genes=GENES[100:])
     second.write_h5ad(tmp_path / "second.h5ad")
@@ -249,6 +257,10 @@ def test_genes_are_checked_before_any_cell(tmp_path: Path) -> None:
         ({"max_tokens": 0, "append_cls": False}, "max_tokens: 0; expected at least 1"),
         ({"seed": -1}, "seed: -1"),
         ({"cls_value": np.nan}, "cls_value: nan"),
+        ({"cls_value": "pad"}, "cls_value: 'pad'"),
+        ({"max_tokens": "12"}, "max_tokens: '12'"),
+        ({"num_bins": 51.0}, "num_bins: 51.0"),
+        ({"seed": None}, "seed: None"),
     ],
 )
 def test_options_that_make_no_sense_are_named(options: dict[str, Any], words: str) -> None:

@@ -29,7 +29,7 @@ from scfm.data.read import read
 from scfm.data.source import CellSource
 from scfm.data.source_list import SourceList
 from scfm.data.windows import Piece
-from scfm.errors import InvalidArgumentError
+from scfm.errors import BadCellError, InvalidArgumentError
 from scfm.tokenize.gene_plan import plan_slots
 from scfm.tokenize.planned_genes import PlannedGenes
 from scfm.tokenize.report import TokenizeReport
@@ -50,6 +50,7 @@ _NO_LIMIT = -1
 _TARGET_SUM = 10_000.0
 _DESCRIBED_CELLS = 64
 _AS_THEY_ARE = np.empty(0, dtype=np.float64)
+_LARGEST = float(np.finfo(np.float32).max)
 _RULES = {"seeded": "seeded", "pretrain": "left", "upstream": "given"}
 
 
@@ -80,11 +81,11 @@ class ScgptOptions:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise InvalidArgumentError(f"{getattr(self, name)!r}; expected one of {values}", where=name)
-        if isinstance(self.num_bins, bool) or not 2 <= self.num_bins <= MOST_BINS:
+        if not _is_whole(self.num_bins) or not 2 <= self.num_bins <= MOST_BINS:
             raise InvalidArgumentError(f"{self.num_bins!r}; expected 2 to {MOST_BINS:,}", where="num_bins")
-        if isinstance(self.seed, bool) or not 0 <= self.seed < 2**64:
+        if not _is_whole(self.seed) or not 0 <= self.seed < 2**64:
             raise InvalidArgumentError(f"{self.seed!r}; expected 0 to 2^64 - 1", where="seed")
-        if not np.isfinite(self.cls_value):
+        if not isinstance(self.cls_value, int | float) or not np.isfinite(self.cls_value):
             raise InvalidArgumentError(f"{self.cls_value!r}; expected a finite number", where="cls_value")
 
 
@@ -160,7 +161,7 @@ class ScgptTokenizer(SourceTokenizer[_Plan]):
         self._planned = PlannedGenes(self._map_and_plan)
         self._quantiles = bin_quantiles(num_bins) if input_style == "binned" else _AS_THEY_ARE
         least = 2 if append_cls else 1
-        if max_tokens is not None and (isinstance(max_tokens, bool) or max_tokens < least):
+        if max_tokens is not None and (not _is_whole(max_tokens) or max_tokens < least):
             raise InvalidArgumentError(f"{max_tokens!r}; expected at least {least}", where="max_tokens")
 
     @classmethod
@@ -219,6 +220,7 @@ class ScgptTokenizer(SourceTokenizer[_Plan]):
         block, own = piece.block, part.reports[0]
         if own.values is None:
             own.values = _look_of(block)
+        _check_fits_float32(block, own)
         data = self._scaled(block, part.plan)
         if "upstream" in (self._binning, self.options.long_cells):
             result, packed = self._drawn_by_upstream(block, data, part.plan, epoch)
@@ -326,6 +328,25 @@ def _packed(result: _native.ValueBinsResult) -> PackedCells:
         cu_seqlens=torch.from_numpy(result.cu_seqlens.astype(np.int32)),
         cell_ids=torch.arange(len(result.num_gene_tokens), dtype=torch.int64),
     )
+
+
+def _check_fits_float32(block: CsrBlock, report: TokenizeReport) -> None:
+    """The original takes values as float32, where larger ones would be infinite. Raises BadCellError."""
+    if block.data.dtype != np.float64 or not len(block.data) or block.data.max() <= _LARGEST:
+        return
+    place = int(block.data.argmax())
+    cell = int(np.searchsorted(block.indptr, place, side="right")) - 1
+    raise BadCellError(
+        f"gene {block.indices[place]} has value {block.data[place]:g}; expected at most {_LARGEST:g}, as values are "
+        "taken as float32",
+        path=report.source,
+        where=f"{report.counts_from}, row {block.rows[cell]}",
+        hint="Remove or repair this cell.",
+    )
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _look_of(block: CsrBlock) -> str:
