@@ -32,6 +32,7 @@ OPERATORS = (
     "favor_attention",
     "embed_norm",
     "masked_head_loss",
+    "rank_value",
 )
 DTYPES = ("float32", "bfloat16", "float16")
 GIB_OF_AN_OPERATOR = 16  # of the float64 formula on 16,907 tokens
@@ -73,9 +74,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--operator", nargs="+", choices=OPERATORS, default=list(OPERATORS))
     parser.add_argument("--path", nargs="+", help="only these paths; default: all of scfm.ops' table")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--seed", type=int, default=int(time.time()), help="of the inputs; fresh by default")
+    parser.add_argument("--seed", type=int, help="of the inputs; fresh by default, 0 in a dry run")
     parser.add_argument("--is-child", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    asked = parser.parse_args()
+    if asked.seed is None:
+        asked.seed = int(time.time()) if asked.device == "cuda" else 0
+    return asked
 
 
 def _about(device: str) -> str:
@@ -95,11 +99,15 @@ def _count(lines: Iterator[str]) -> tuple[int, Counter[str]]:
 
 def _own_lines(asked: argparse.Namespace) -> Iterator[str]:
     """The lines of this process; torch and scfm are imported no earlier."""
+    import rank
     from examine import Asked, lines_of
 
     settings = Asked(asked.device, asked.seed, tuple(asked.dtype), tuple(asked.path or ()))
     for operator in asked.operator:
-        yield from lines_of(operator, settings)
+        if operator == "rank_value":  # no operator of scfm.ops, and of one path
+            yield from rank.lines_of(asked.device, asked.seed)
+        else:
+            yield from lines_of(operator, settings)
 
 
 # ---- operators side by side -------------------------------------------------------------------------------------

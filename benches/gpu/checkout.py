@@ -56,18 +56,26 @@ def use_cuda_module(*, build: bool = True) -> str:
 def _cannot_build() -> str | None:
     if "SCFM_CUDA" not in (ROOT / "CMakeLists.txt").read_text(encoding="utf-8"):
         return "this checkout has none"
-    if shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").exists():
-        return "there is no nvcc"
-    if shutil.which("cmake") is None:
-        return "there is no CMake"
+    for tool in ("nvcc", "cmake"):
+        if shutil.which(tool, path=_search_path()) is None:
+            return f"there is no {tool}"
     return "there is no pybind11" if importlib.util.find_spec("pybind11") is None else None
+
+
+def _search_path() -> str:
+    """This Python's own tools first (CMake is often installed beside it), CUDA's usual place last."""
+    return os.pathsep.join(
+        [str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    )
 
 
 def _build() -> str | None:
     """Configure and build the one target; the end of what was said if that fails."""
     import pybind11
 
-    environment = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin"}
+    environment = {**os.environ, "PATH": _search_path()}
+    cmake = shutil.which("cmake", path=_search_path())
+    assert cmake is not None
     settings = {
         "SCFM_CUDA": "ON",
         "CMAKE_BUILD_TYPE": "Release",
@@ -75,11 +83,14 @@ def _build() -> str | None:
         "Python_EXECUTABLE": sys.executable,
         "pybind11_DIR": pybind11.get_cmake_dir(),
     }
-    configure = ["cmake", "-S", str(ROOT), "-B", str(BUILD), *(f"-D{k}={v}" for k, v in settings.items())]
-    build = ["cmake", "--build", str(BUILD), "--target", "_cuda", "--parallel", str(os.cpu_count() or 1)]
+    configure = [cmake, "-S", str(ROOT), "-B", str(BUILD), *(f"-D{k}={v}" for k, v in settings.items())]
+    build = [cmake, "--build", str(BUILD), "--target", "_cuda", "--parallel", str(os.cpu_count() or 1)]
     for command in (configure, build):
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
+            shutil.rmtree(
+                BUILD, ignore_errors=True
+            )  # a cache of another CMake or compiler spoils the next try
             return f"they do not build here ({' '.join((done.stderr or done.stdout).split())[-400:]})"
     return None
 

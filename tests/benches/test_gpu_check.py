@@ -10,12 +10,14 @@ from types import SimpleNamespace
 
 import check
 import examine
+import numpy as np
 import pytest
+import rank
 import rules
 import torch
 from cases import Call, Case, Pack
 
-from scfm import ops
+from scfm import _native, ops
 from scfm.ops import paths
 
 ASKED = examine.Asked("cpu", 0, ("float32",), ())
@@ -196,3 +198,17 @@ def test_operators_run_side_by_side(monkeypatch) -> None:
     asked = argparse.Namespace(seed=0, dtype=["float32"], path=["triton"], operator=list(check.OPERATORS))
     found = list(check._children(asked))
     assert sorted(found) == sorted(f"ok     {name} {n}" for name in check.OPERATORS for n in range(20))
+
+
+@pytest.mark.parametrize("name", [name for name, shape in rank.SHAPES.items() if shape[2]])
+def test_the_oracle_of_tokens_is_the_cpus(name) -> None:
+    block = rank.random_block(*rank.SHAPES[name], torch.float32, seed=3)
+    tokens, mapped, totals = rank.expected(block)
+    found = _native.rank_value(
+        block.indptr.numpy(), block.indices.numpy(), block.data.numpy(), np.array(totals, dtype=np.float64),
+        block.slots.numpy(), block.tokens.numpy(), block.medians.numpy(), rank.NUM_SLOTS, "multiply64", True,
+        rank.MAX_TOKENS, rank.CLS, rank.EOS, False,
+    )  # fmt: skip
+    assert found.cu_seqlens.tolist() == [0, *itertools.accumulate(len(x) for x in tokens)]
+    assert found.token_ids.tolist() == [token for cell in tokens for token in cell.tolist()]
+    assert found.mapped_counts.tolist() == mapped

@@ -91,7 +91,7 @@ def test_gpu_scripts_import_what_a_bare_machine_has() -> None:
     scripts = sorted((ROOT / "benches" / "gpu").glob("*.py"))
     own = {file.stem for file in scripts} | {"shapes", "attention_peers"}
     for file in [*scripts, ROOT / "benches" / "attention_peers.py"]:
-        assert imported_packages(file) <= {"torch", "triton", "scfm", "pybind11", *own}, file
+        assert imported_packages(file) <= {"torch", "triton", "numpy", "scfm", "pybind11", *own}, file
 
 
 CSRC_ORDER = {"base": 0, "cpu": 1, "counts": 2, "tokenize": 2, "attention": 2, "cuda": 3, "bindings": 4}
