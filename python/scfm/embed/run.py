@@ -218,7 +218,7 @@ def _plan(
         shards=shards_of(files, shard_size),
         shard_size=shard_size,
         model=model_identity(model),
-        hidden_size=int(model.config.hidden_size),
+        hidden_size=model.embedding_size(pooling),
         layer=layer,
         pooling=pooling,
         compute_dtype=str(model.compute_dtype).removeprefix("torch."),

@@ -44,9 +44,13 @@ class FoundationModel(nn.Module, ABC):
     def default_pooling(self) -> str:
         """The authors' pooling for cell embeddings."""
 
+    def embedding_size(self, pooling: str) -> int:
+        """Numbers in a cell embedding of this pooling, one that ``check_embedding`` accepts."""
+        return int(self.config.hidden_size)
+
     @abstractmethod
     def embed_batch(self, packed: PackedCells, *, layer: int, pooling: str) -> Tensor:
-        """One batch's cell embeddings, float32 (C, hidden_size). Raises InvalidArgumentError."""
+        """One batch's cell embeddings, float32 (C, embedding_size). Raises InvalidArgumentError."""
 
     @abstractmethod
     def check_embedding(self, layer: int, pooling: str) -> None:
@@ -121,7 +125,7 @@ class FoundationModel(nn.Module, ABC):
         assume_counts: bool = False,
         species: str | None = None,
     ) -> np.ndarray:
-        """Cell embeddings, float32 (cells, hidden_size), rows in the input's order.
+        """Cell embeddings, float32 (cells, ``embedding_size(pooling)``), rows in the input's order.
 
         data: AnnData, a path, a CellSource or PackedCells. layer: 0 is the last, -1 the second to last (the
         authors' counting); pooling: "cls" or "mean" over gene tokens; defaults are the authors'.

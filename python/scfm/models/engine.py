@@ -121,7 +121,7 @@ def embed_source(
         )
     if stop_at_bad_cell:
         stream = _complete(stream, name, label)
-    out = np.full((num_cells, model.config.hidden_size), np.nan, dtype=np.float32)
+    out = np.full((num_cells, model.embedding_size(pooling)), np.nan, dtype=np.float32)
     embedded = np.zeros(num_cells, dtype=bool)
     not_finite: list[int] = []
     done = tokens = 0

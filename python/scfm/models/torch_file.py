@@ -15,6 +15,8 @@ import pickletools
 import re
 import warnings
 import zipfile
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,9 +42,12 @@ _SAFE_GLOBALS = re.compile(
 _REFUSED = {"INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID"}
 
 
-def load_torch_file(path: Path, *, trust_pickle: bool = False) -> Any:
+def load_torch_file(
+    path: Path, *, trust_pickle: bool = False, records: Mapping[str, type] | None = None
+) -> Any:
     """The object in a torch file, tensors on the CPU (mapped from the file where its layout allows).
 
+    records: global's name -> a class of ours that stands for it and runs nothing; the global itself is never looked up.
     Raises UnsafeCheckpointError naming the global when the file holds more than tensors and plain containers;
     FormatError when it is truncated, compressed or no torch file.
     """
@@ -57,15 +62,15 @@ def load_torch_file(path: Path, *, trust_pickle: bool = False) -> Any:
         return _load(path, weights_only=False, mmap=False)
     is_zip = zipfile.is_zipfile(path)
     if is_zip:
-        _check_globals(io.BytesIO(_pickle_in_zip(path)), 1, path)
+        _check_globals(io.BytesIO(_pickle_in_zip(path)), 1, path, records or {})
     else:
-        _check_legacy(path)
-    return _load(path, weights_only=True, mmap=is_zip)
+        _check_legacy(path, records or {})
+    return _load(path, weights_only=True, mmap=is_zip, records=records)
 
 
-def _load(path: Path, *, weights_only: bool, mmap: bool) -> Any:
+def _load(path: Path, *, weights_only: bool, mmap: bool, records: Mapping[str, type] | None = None) -> Any:
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _standing_in(records):
             warnings.simplefilter("ignore", category=UserWarning)
             return torch.load(path, weights_only=weights_only, map_location="cpu", mmap=mmap)
     except ScfmError:
@@ -83,6 +88,13 @@ def _load(path: Path, *, weights_only: bool, mmap: bool) -> Any:
         raise FormatError(
             f"truncated or malformed torch file ({type(error).__name__}: {str(error)[:200]})", path=path
         ) from None
+
+
+def _standing_in(records: Mapping[str, type] | None) -> AbstractContextManager[Any]:
+    """Within it, torch's safe reader takes our classes for the globals that they stand for."""
+    if not records:
+        return nullcontext()
+    return torch.serialization.safe_globals([(ours, name) for name, ours in records.items()])
 
 
 def _refuse(path: Path, what: str) -> NoReturn:
@@ -118,20 +130,20 @@ def _pickle_in_zip(path: Path) -> bytes:
         raise FormatError(f"truncated or malformed zip archive ({str(error)[:120]})", path=path) from None
 
 
-def _check_legacy(path: Path) -> None:
+def _check_legacy(path: Path, records: Mapping[str, type]) -> None:
     """A file from before torch 1.6: pickles (magic, protocol, system, object, keys), then numbers."""
     with path.open("rb") as file:
         stream = io.BytesIO(file.read(MAX_PICKLE_BYTES))
     if stream.getvalue()[:2] == b"PK":
         raise FormatError("truncated zip archive", path=path)
-    first = _check_globals(stream, 1, path)
+    first = _check_globals(stream, 1, path, records)
     if first != _LEGACY_MAGIC:
         raise FormatError("not a torch file", path=path, hint="Expected weights saved by torch.save.")
-    _check_globals(stream, 4, path)
+    _check_globals(stream, 4, path, records)
 
 
-def _check_globals(stream: io.BytesIO, num_pickles: int, path: Path) -> object:
-    """Refuse any global off the list in the next pickles of ``stream``; returns the last argument seen."""
+def _check_globals(stream: io.BytesIO, num_pickles: int, path: Path, records: Mapping[str, type]) -> object:
+    """Refuse any global off the lists in the next pickles of ``stream``; returns the last argument seen."""
     last: object = None
     texts = ["", ""]
     num_opcodes = 0
@@ -142,7 +154,9 @@ def _check_globals(stream: io.BytesIO, num_pickles: int, path: Path) -> object:
                 if num_opcodes > MAX_OPCODES:
                     raise FormatError(f"more than {MAX_OPCODES:,} opcodes", path=path)
                 if opcode.name in ("GLOBAL", "INST") and not _SAFE_GLOBALS.fullmatch(str(argument)):
-                    _refuse(path, f"the global {str(argument).replace(' ', '.', 1)[:200]}")
+                    name = str(argument).replace(" ", ".", 1)
+                    if name not in records or opcode.name == "INST":
+                        _refuse(path, f"the global {name[:200]}")
                 if (
                     opcode.name == "STACK_GLOBAL"
                 ):  # torch.save never writes it; torch's safe reader knows it not

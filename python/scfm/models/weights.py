@@ -30,7 +30,15 @@ from scfm.errors import (
 from scfm.models.safetensors_header import read_header
 from scfm.models.torch_file import load_torch_file
 
-__all__ = ["WEIGHT_FILES", "Weights", "WeightsSource", "file_sha256", "read_weights", "write_safetensors"]
+__all__ = [
+    "WEIGHT_FILES",
+    "Weights",
+    "WeightsSource",
+    "file_sha256",
+    "read_weights",
+    "weights_of",
+    "write_safetensors",
+]
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -177,6 +185,11 @@ def read_weights(folder_or_file: str | Path, *, trust_pickle: bool = False) -> W
     if path.name.endswith(".index.json"):
         return _read_shards(path, trust_pickle)
     return Weights(WeightsSource(path, _format_of(path), (path,)), [_read_part(path, trust_pickle)])
+
+
+def weights_of(state: Any, path: Path) -> Weights:
+    """The weights in one of the state dicts that the torch file ``path`` holds. Raises as ``read_weights``."""
+    return Weights(WeightsSource(path, "torch", (path,)), [_tensors_of(state, path)])
 
 
 def write_safetensors(
