@@ -88,9 +88,8 @@ def _build() -> str | None:
     for command in (configure, build):
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
-            shutil.rmtree(
-                BUILD, ignore_errors=True
-            )  # a cache of another CMake or compiler spoils the next try
+            # What another CMake or compiler left there spoils the next try.
+            shutil.rmtree(BUILD, ignore_errors=True)
             return f"they do not build here ({' '.join((done.stderr or done.stdout).split())[-400:]})"
     return None
 
