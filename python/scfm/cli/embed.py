@@ -47,6 +47,9 @@ def embed(
     ] = "nan",
     dictionaries: options.Dictionaries = None,
     version: options.Version = None,
+    family: options.Family = None,
+    variant: options.Variant = None,
+    genes: options.Genes = None,
     counts_layer: options.CountsLayer = None,
     assume_counts: options.AssumeCounts = False,
     species: options.Species = "human",
@@ -92,7 +95,16 @@ def embed(
         def load_model() -> FoundationModel:
             from scfm.models.load import load
 
-            loaded = load(model, dictionaries=dictionaries, version=version, dtype=dtype, device=device)
+            loaded = load(
+                model,
+                family=family,
+                variant=variant,
+                dictionaries=dictionaries,
+                genes=genes,
+                version=version,
+                dtype=dtype,
+                device=device,
+            )
             if loaded.load_report is not None:
                 _ = loaded.load_report.weights_sha256  # read now: a changed file must not cost the embedding
             return loaded

@@ -15,6 +15,17 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
 Dictionaries = Annotated[
     Path | None, typer.Option(help="Folder or token-dictionary file, if not beside the model.")
 ]
+Family = Annotated[
+    str | None,
+    typer.Option(help="geneformer, scgpt, scbert or scfoundation, where the file does not tell it."),
+]
+Variant = Annotated[
+    str | None, typer.Option(help='Of scFoundation\'s file: "cell" (default), "rde" or "gene".')
+]
+Genes = Annotated[
+    Path | None,
+    typer.Option(help="The genes' order (scBERT, scFoundation) or vocab.json, if not beside the model."),
+]
 Version = Annotated[str | None, typer.Option(help='"V1" or "V2", where no dictionary tells.')]
 CountsLayer = Annotated[
     str | None, typer.Option("--counts-layer", help='Where raw counts are: "X", "raw.X" or a layer.')
