@@ -1,9 +1,9 @@
 """Compile the kernels ahead of time, without a GPU, and read what became of them.
 
 ``python -m scfm.kernels.aot`` prints, for every kernel and architecture, its registers, shared memory, spills and
-matrix instructions. A kernel that spills, or whose products missed the tensor cores, is slow without being wrong: no
-test on values finds it, this table does. Every kernel module lists what to compile in ``aot_targets()``, with the
-types and alignments that its launches have.
+matrix instructions (kept in benches/results/triton-aot.txt). A kernel that spills, or whose products missed the tensor
+cores, is slow without being wrong: no test on values finds it, this table does. Every kernel module lists what to
+compile in ``aot_targets()``, with the types and alignments that its launches have.
 """
 
 from __future__ import annotations
@@ -189,13 +189,17 @@ def compile_all(
 
 
 def table(reports: Sequence[Report]) -> str:
-    head = f"{'kernel':<44} {'arch':<6} {'regs':>4} {'shared':>7} {'spills':>6} {'matrix':>13} {'copies':>6} {'s':>5}"
-    lines = [head]
+    """One line a report, under what compiled them; the same kernels and compiler give the same text."""
+    lines = [
+        f"Triton {triton.__version__}, ptxas as it ships it: compiled, not run. Registers a thread, shared memory in "
+        "bytes a program, spilling instructions, matrix instructions, asynchronous 16-byte copies.",
+        f"{'kernel':<44} {'arch':<6} {'regs':>4} {'shared':>7} {'spills':>6} {'matrix':>13} {'copies':>6}",
+    ]
     for r in reports:
         matrix = f"{r.matrix} {r.matrix_instructions}" if r.matrix else "-"
         lines.append(
             f"{r.name:<44} sm_{r.architecture:<3} {r.registers:>4} {r.shared:>7} {r.spills:>6} {matrix:>13} "
-            f"{r.async_copies:>6} {r.seconds:>5.1f}  {r.complaint}".rstrip()
+            f"{r.async_copies:>6}  {r.complaint}".rstrip()
         )
     return "\n".join(lines)
 

@@ -28,6 +28,7 @@ from .packed_tiles import (
     target,
 )
 from .softmax_tiles import (
+    LOG2_E,
     attend,
     finish,
     key_grads,
@@ -128,13 +129,13 @@ def generative_forward_kernel(
         v_own = load_tile(v_ptr, first, length, stride_vt, OWN, HEAD_DIM, D, True).to(tl.float32)
         own = tl.sum(q.to(tl.float32) * k_own, 1)
         acc = tl.where(unknown[:, None], v_own, acc)
-        row_max = tl.where(unknown, own, row_max)
+        row_max = tl.where(unknown, own * (scale * LOG2_E), row_max)
         row_sum = tl.where(unknown, 1.0, row_sum)
     acc, row_max, row_sum = attend(
         acc, row_max, row_sum, q, k_ptr, v_ptr, num_known, stride_kt, stride_vt, scale, STREAMED, HEAD_DIM,
         PRECISION,
     )  # fmt: skip
-    out, lse = finish(acc, row_max, row_sum, scale)
+    out, lse = finish(acc, row_max, row_sum)
     store_queries(out_ptr, lse_ptr, out, lse, begin, first, length, head, num_heads, HEAD_DIM)
 
 

@@ -103,8 +103,17 @@ def target(
 _TYPES = {
     **dict.fromkeys(("lse_ptr", "delta_ptr"), "*fp32:16"),
     **dict.fromkeys(
-        ("tiles_ptr", "cu_seqlens_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "num_known_ptr"), "*i32:16"
+        (
+            "tiles_ptr",
+            "cu_seqlens_ptr",
+            "cu_seqlens_q_ptr",
+            "cu_seqlens_k_ptr",
+            "num_known_ptr",
+            "entries_ptr",
+        ),
+        "*i32:16",
     ),
-    **dict.fromkeys(("scale",), "fp32"),
-    **dict.fromkeys(("num_heads", "num_queries"), "i32"),
+    **dict.fromkeys(("num_heads", "num_queries", "num_tokens"), "i32"),
+    "words_ptr": "*i64:16",
+    "scale": "fp32",
 }

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -55,9 +56,11 @@ def _attend_tile(
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         scores = tl.where((tl.arange(0, BLOCK_N) < last - first)[None, :], scores, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
-    p = tl.exp2(scores * (scale * LOG2_E) - (new_max * (scale * LOG2_E))[:, None])
-    shrink = tl.exp2(row_max * (scale * LOG2_E) - new_max * (scale * LOG2_E))
+    # The maximum is kept as it is subtracted, rounded: with a product in each difference, fused multiply-adds would
+    # make the factor of an unchanged maximum miss 1, by as much in every turn.
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * (scale * LOG2_E))
+    p = tl.exp2(scores * (scale * LOG2_E) - new_max[:, None])
+    shrink = tl.exp2(row_max - new_max)
     v = load_tile(v_ptr, first, last, stride_v, BLOCK_N, HEAD_DIM, q.shape[1], MASKED).to(q.dtype)
     acc = tl.dot(p.to(q.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return acc, new_max, row_sum * shrink + tl.sum(p, 1)
@@ -70,7 +73,8 @@ def attend(
 ):  # fmt: skip
     """(acc, row_max, row_sum) of the queries ``q`` (M, D) after the keys 0..last of the cell.
 
-    Start with zeros, -infinity and zeros, or with a key that is apart. scale >= 0. Out is acc / row_sum.
+    Start with zeros, -infinity and zeros, or with a key that is apart. scale > 0. Out is acc / row_sum; row_max is
+    of scores * scale in base 2.
     """
     whole = last // BLOCK_N * BLOCK_N
     for first in range(0, whole, BLOCK_N):
@@ -87,10 +91,10 @@ def attend(
 
 
 @triton.jit
-def finish(acc, row_max, row_sum, scale):
+def finish(acc, row_max, row_sum):
     """(out, lse) of the queries; zeros and -infinity where there was no key."""
     total = tl.where(row_sum == 0.0, 1.0, row_sum)
-    return acc / total[:, None], tl.where(row_sum == 0.0, float("-inf"), row_max * scale + tl.log(total))
+    return acc / total[:, None], tl.where(row_sum == 0.0, float("-inf"), row_max * LN_2 + tl.log(total))
 
 
 # ---- backward ---------------------------------------------------------------------------------------------------

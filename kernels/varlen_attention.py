@@ -129,7 +129,7 @@ def varlen_forward_kernel(
         HEAD_DIM,
         PRECISION,
     )
-    out, lse = finish(acc, row_max, row_sum, scale)
+    out, lse = finish(acc, row_max, row_sum)
     store_queries(out_ptr, lse_ptr, out, lse, begin_q, first, num_q, head, num_heads, HEAD_DIM)
 
 

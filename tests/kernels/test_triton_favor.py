@@ -14,7 +14,6 @@ from scfm.kernels import favor_context
 from scfm.ops.favor_attention import _torch_backward, _torch_forward, favor_attention_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-4
 
 
@@ -48,13 +47,16 @@ def check(q, k, v, upstream, projection, cu_seqlens, device="cpu", eps=EPS):
     assert (max_grad.double() - exact_grad).abs().le(tolerance * (1 + 10 * exact_grad.abs())).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "lengths", [[], [0, 3, 0], [37, 64, 5, 130], [127, 128, 129], [1] * 5, [65, 2, 0, 1]], ids=str
+    ("lengths", "dtype"),
+    [
+        *((lengths, torch.float32) for lengths in ([], [0, 3, 0], [31, 32, 33], [1] * 4)),
+        *((lengths, torch.bfloat16) for lengths in ([], [0, 3, 0], [63, 64, 65], [37, 2, 0, 1])),
+        ([0, 3, 37], torch.float16),  # torch's own float16 gradients of a single token are not finite
+    ],
+    ids=str,
 )
 def test_equals_the_formula(lengths, dtype, device):
-    if dtype == torch.float16 and 1 in lengths:
-        pytest.skip("torch's own float16 gradients of a single token are not finite")
     q, k, v, upstream = packs.heads(sum(lengths), dtype=dtype, seed=len(lengths))
     check(q, k, v, upstream, random_projection(23, 16, dtype), packs.offsets(lengths), device)
 
@@ -62,13 +64,13 @@ def test_equals_the_formula(lengths, dtype, device):
 @pytest.mark.parametrize(
     ("head_dim", "num_features", "dtype"),
     [
-        (1, 1, DTYPES[0]),
-        (17, 64, DTYPES[1]),
-        (64, 133, DTYPES[1]),
-        (64, 266, DTYPES[0]),
-        (24, 31, DTYPES[2]),
-        (80, 31, DTYPES[1]),
-        (256, 40, DTYPES[1]),
+        (1, 1, torch.float32),
+        (17, 64, torch.bfloat16),
+        (64, 133, torch.bfloat16),
+        (64, 266, torch.float32),
+        (24, 31, torch.float16),
+        (80, 31, torch.bfloat16),
+        (256, 40, torch.bfloat16),
     ],
 )
 def test_head_dims_and_features(head_dim, num_features, dtype, device):
@@ -77,15 +79,18 @@ def test_head_dims_and_features(head_dim, num_features, dtype, device):
     check(q, k, v, upstream, projection, packs.offsets([19, 2, 0, 21]), device)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("length", [63, 64, 65, 150])
+@pytest.mark.parametrize(
+    ("length", "dtype"),
+    [(65, torch.float32), (128, torch.float32), (63, torch.bfloat16), (64, torch.bfloat16)],
+    ids=str,
+)
 def test_chunks_are_joined(length, dtype, device, monkeypatch):
     """Cells of several partial sums, with very different maxima in each."""
     monkeypatch.setattr(favor_context, "CHUNK", 64)
-    lengths = [length, 1, 0, 129]
+    lengths = [length, 1, 0, 67]
     q, k, v, upstream = packs.heads(sum(lengths), dtype=dtype)
     k = k * torch.linspace(0.1, 1.6, len(k))[:, None, None].to(dtype)
-    check(q, k, v, upstream, random_projection(70, 16, dtype), packs.offsets(lengths), device)
+    check(q, k, v, upstream, random_projection(40, 16, dtype), packs.offsets(lengths), device)
 
 
 def test_a_cell_longer_than_a_chunk(device):
