@@ -275,6 +275,13 @@ def test_impossible_options_are_named(folder, options: dict, named: str) -> None
         scfm.load(folder, options=options)
 
 
+def test_binning_on_the_way_into_the_generator_is_refused(tmp_path: Path) -> None:
+    folder = released(scgpt_cells.model("generator"), tmp_path / "model", args={**ARGS, "MVC": False})
+    assert scfm.load(folder, options={"n_input_bins": 0}).config.perturbation
+    with pytest.raises(ConfigError, match="n_input_bins"):
+        scfm.load(folder, options={"n_input_bins": 51})
+
+
 @pytest.mark.parametrize(
     ("vocabulary", "named"),
     [

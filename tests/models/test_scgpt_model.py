@@ -198,6 +198,15 @@ def test_what_is_kept_follows_the_weights() -> None:
     loss.backward()
 
 
+def test_frozen_layers_take_part_in_training_after_inference() -> None:
+    model = scgpt_cells.model().set_compute_dtype("bfloat16")
+    model.embed(cells(3))
+    for parameter in model.layers.parameters():
+        parameter.requires_grad_(False)
+    model.forward(cells(3)).expression.sum().backward()
+    assert model.encoder.embedding.weight.grad.any() and model.layers[0].qkv.weight.grad is None
+
+
 def test_bfloat16_stays_close() -> None:
     model = scgpt_cells.model()
     packed = cells(12)
@@ -219,9 +228,27 @@ def test_training_drops_and_evaluation_does_not() -> None:
     packed = cells(4)
     quiet = model.forward(packed).hidden
     torch.manual_seed(0)
-    loud = model.train().forward(packed, num_known=packed.lengths).hidden
-    assert not torch.allclose(loud, quiet, atol=1e-2)
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            loud = model.train().forward(packed, True, num_known=packed.lengths).hidden_states
+        assert not torch.allclose(loud[0], model.eval().forward(packed, True).hidden_states[0], atol=1e-2)
+        assert not torch.allclose(loud[-1], quiet, atol=1e-2)
     torch.testing.assert_close(model.eval().forward(packed).hidden, quiet)
+
+
+def test_generating_from_a_cell_needs_what_the_decoder_needs() -> None:
+    packed = cells(2)
+    cell = torch.zeros(2, 32)
+    with pytest.raises(InvalidArgumentError, match="cell_embeddings"):
+        scgpt_cells.model().generate(packed, cell[:1])
+    with pytest.raises(InvalidArgumentError, match="values"):
+        scgpt_cells.model("generator").generate(packed, cell, use_values=False)
+    for name in ("batches", "released"):
+        model = scgpt_cells.model(name)
+        labels = {"batch_labels": [0, 1]} if name == "batches" else {}
+        made = model.generate(packed, cell, **labels)
+        assert made.prediction.shape == (packed.num_tokens,)
+        assert (made.zero_probability is not None) == model.config.explicit_zeros
 
 
 def test_batch_statistics_are_of_each_label_alone() -> None:

@@ -33,6 +33,10 @@ class Linear(nn.Module):
             return self.weight.to(self.compute_dtype), self.bias.to(self.compute_dtype)
         version = (self.weight.data_ptr(), self.weight._version, self.bias.data_ptr(), self.bias._version)
         if self._copy is None or self._copy[0] != version:
-            weight = self.weight.detach().to(self.compute_dtype)
-            self._copy = (version, weight, self.bias.detach().to(self.compute_dtype))
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+            ):  # an inference tensor could enter no later graph
+                copies = self.weight.to(self.compute_dtype), self.bias.to(self.compute_dtype)
+            self._copy = (version, *copies)
         return self._copy[1], self._copy[2]

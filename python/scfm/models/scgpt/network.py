@@ -128,10 +128,10 @@ class ScgptNetwork(nn.Module):
         if self.pert_encoder is not None:
             ids.append(self._flags(inputs))
             tables.append(self.pert_encoder.rows())
-        if not torch.is_grad_enabled():
-            return embed_norm([inputs.token_ids, *ids], [self.encoder.normed(), *tables], None, None)
         if not (self.training and self.config.dropout):
-            return embed_norm(ids, tables, None, None, addend=self.gene_rows(inputs))
+            if torch.is_grad_enabled():
+                return embed_norm(ids, tables, None, None, addend=self.gene_rows(inputs))
+            return embed_norm([inputs.token_ids, *ids], [self.encoder.normed(), *tables], None, None)
         dropped = embed_norm(ids[:1], tables[:1], None, None)
         kept = F.dropout(torch.ones_like(dropped), self.config.dropout)
         dropped = dropped * (kept if unknown is None else torch.where(unknown.unsqueeze(1), 1.0, kept))
@@ -146,7 +146,11 @@ class ScgptNetwork(nn.Module):
     def decode(self, hidden: Tensor, inputs: Inputs) -> Expression:
         """Expression of each token from its hidden state (T, hidden_size)."""
         if isinstance(self.decoder, AffineDecoder):
-            assert inputs.values is not None
+            if inputs.values is None:
+                raise InvalidArgumentError(
+                    "the perturbation generator scales values, and these tokens have none",
+                    where="PackedCells.values",
+                )
             found: Expression = self.decoder(hidden, inputs.values, inputs.cell_of_token, inputs.num_cells)
             return found
         context = self._token_context(inputs)

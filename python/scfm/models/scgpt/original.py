@@ -281,6 +281,12 @@ def _config(seen: _Seen, stated: Mapping[str, tuple[Any, Source]]) -> ScgptConfi
         for name, behind in (("pad_value", 2), ("mask_value", 1)):
             if values.get(name) not in ids:
                 values[name] = float(len(ids) - behind)
+    if seen.facts["perturbation"] and values.get("num_value_ids"):
+        raise ConfigError(
+            "the perturbation generator takes values as they are; binning them on the way in is not done here",
+            path=stated["num_value_ids"][1].path,
+            where="n_input_bins",
+        )
     for name in ("num_modalities", "num_value_ids"):
         values[name] = seen.facts.get(name, 0)
     values["num_batch_labels"] = seen.facts.get("num_batch_labels", 0)
