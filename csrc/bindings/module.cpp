@@ -8,6 +8,8 @@ void bind_counts(pybind11::module_& module);
 void bind_embed_norm(pybind11::module_& module);
 void bind_favor(pybind11::module_& module);
 void bind_graph(pybind11::module_& module);
+void bind_log_bins(pybind11::module_& module);
+void bind_read_depth(pybind11::module_& module);
 void bind_stream(pybind11::module_& module);
 void bind_tokenize(pybind11::module_& module);
 void bind_value_bins(pybind11::module_& module);
@@ -24,6 +26,8 @@ PYBIND11_MODULE(_native, module, pybind11::mod_gil_not_used()) {
   scfm::bind_embed_norm(module);
   scfm::bind_favor(module);
   scfm::bind_graph(module);
+  scfm::bind_log_bins(module);
+  scfm::bind_read_depth(module);
   scfm::bind_stream(module);
   scfm::bind_tokenize(module);
   scfm::bind_value_bins(module);

@@ -20,7 +20,9 @@ _HOME = {
     "PackedCells": "scfm.data.packed",
     "CellSource": "scfm.data.source",
     "GeneformerTokenizer": "scfm.tokenize.geneformer",
+    "ScbertTokenizer": "scfm.tokenize.scbert",
     "ScgptTokenizer": "scfm.tokenize.scgpt",
+    "ScfoundationTokenizer": "scfm.tokenize.scfoundation",
     "pretrain": "scfm.train.pretrain",
     "PretrainConfig": "scfm.train.config",
     "ScfmError": "scfm.errors",
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from scfm.errors import ScfmWarning as ScfmWarning
     from scfm.models.load import load as load
     from scfm.tokenize.geneformer import GeneformerTokenizer as GeneformerTokenizer
+    from scfm.tokenize.scbert import ScbertTokenizer as ScbertTokenizer
+    from scfm.tokenize.scfoundation import ScfoundationTokenizer as ScfoundationTokenizer
     from scfm.tokenize.scgpt import ScgptTokenizer as ScgptTokenizer
     from scfm.train.config import PretrainConfig as PretrainConfig
     from scfm.train.pretrain import pretrain as pretrain

@@ -127,6 +127,112 @@ def mlm_mask(
     epoch, cell id and position in the cell only.
     """
 
+class LogBinsResult:
+    @property
+    def token_ids(self) -> NDArray[np.int32]:
+        """Packed panel positions with a bin above 0, ascending in each cell."""
+    @property
+    def values(self) -> NDArray[np.float32]:
+        """Their bins, 1 to 5."""
+    @property
+    def cu_seqlens(self) -> NDArray[np.int64]:
+        """num_cells + 1 offsets."""
+    @property
+    def num_panel_genes(self) -> NDArray[np.int32]:
+        """Per cell, panel genes with a value above 0, whatever their bin."""
+    @property
+    def mapped_counts(self) -> NDArray[np.float64]:
+        """Per cell, the sum of the values on the panel."""
+    @property
+    def total_counts(self) -> NDArray[np.float64]:
+        """Per cell, the sum of all values."""
+
+def log_bins(
+    indptr: NDArray[np.int64],
+    indices: Columns,
+    data: Counts,
+    column_position: NDArray[np.int32],
+    panel_size: int,
+    already_logged: bool,
+) -> LogBinsResult:
+    """scBERT's bins of a CSR block: min(floor(log2(1 + 10,000 c / N)), 5), N the cell's total on the panel.
+
+    Whole counts are compared exactly; other values go through float32. column_position gives each column's place on
+    the panel, -1 for none. already_logged: the values are log2(1 + x) and only truncated. Raises ValueError naming
+    argument and row.
+    """
+
+class ReadDepthResult:
+    @property
+    def token_ids(self) -> NDArray[np.int32]:
+        """Packed positions; num_positions is T, num_positions + 1 is S."""
+    @property
+    def values(self) -> NDArray[np.float32]:
+        """Normalised expression, and depths at T and S; all above zero."""
+    @property
+    def cu_seqlens(self) -> NDArray[np.int64]:
+        """num_cells + 1 offsets."""
+    @property
+    def num_gene_tokens(self) -> NDArray[np.int32]:
+        """Per cell; 0, and no tokens, where no gene stands in front of the last two tokens."""
+    @property
+    def mapped_counts(self) -> NDArray[np.float64]:
+        """Per cell, the sum of the values in columns that have a position."""
+    @property
+    def total_counts(self) -> NDArray[np.float64]:
+        """Per cell, the sum of all values."""
+    @property
+    def target_depth(self) -> NDArray[np.float32]:
+        """Per cell T, also where it is no token."""
+    @property
+    def source_depth(self) -> NDArray[np.float32]:
+        """Per cell S, also where it is no token."""
+
+def read_depth(
+    indptr: NDArray[np.int64],
+    indices: Columns,
+    data: Counts,
+    column_position: NDArray[np.int32],
+    num_positions: int,
+    values: str,
+    total: str,
+    totals: NDArray[np.float64] | None,
+    target_sum: float,
+    total_is_logged: bool,
+    target: str,
+    target_number: float,
+    single: bool,
+) -> ReadDepthResult:
+    """scFoundation's tokens of a CSR block of values from 0.
+
+    column_position: each column's position, -1 for none; columns of one position are summed. values: "per_total"
+    (ln(1 + x / total * 10^4)), "per_median" (ln(1 + x / (total / target_sum))) or "given". total: the sum of the
+    "inputs" or "outputs" over the positions, or "listed" in ``totals``. S is log10(total), or the total itself without
+    total_is_logged; T the target_number ("fixed"), log10(total * it) ("times"), log10(total) + it ("plus") or S
+    ("same"). single: quotients and products rounded to float32.
+    """
+
+def draw_shares(
+    totals: NDArray[np.float64],
+    cell_ids: NDArray[np.int64],
+    min_total: float,
+    probability: float,
+    seed: int,
+    epoch: int,
+) -> NDArray[np.float64]:
+    """Share of each cell's counts to keep: Beta(2, 2) with this probability from min_total counts on, else 1."""
+
+def thin_counts(
+    indptr: NDArray[np.int64],
+    indices: Columns,
+    data: Counts,
+    cell_ids: NDArray[np.int64],
+    shares: NDArray[np.float64],
+    seed: int,
+    epoch: int,
+) -> NDArray[np.float64]:
+    """Binomial(x, share of the cell) for every value x of a CSR block; depends on seed, epoch, cell and column."""
+
 class ValueBinsResult:
     @property
     def token_ids(self) -> NDArray[np.int32]:

@@ -2,7 +2,8 @@
 
 Two layouts are known. scfm's own has an ``scfm`` section in config.json with a format version, so that a
 folder from a newer scfm is refused with the right advice instead of being half understood. The authors'
-layouts are recognised by what their config.json says (Geneformer) or by their args.json (scGPT).
+layouts are recognised by what their config.json says (Geneformer), by their args.json (scGPT), by their file's name
+(scFoundation, scBERT) or, a file that is given without a family, by the names of its tensors (scBERT).
 """
 
 from __future__ import annotations
@@ -14,15 +15,20 @@ from typing import Any, Literal
 
 from scfm.data.safe_pickle import load_json
 from scfm.errors import FormatError, IntegrityError, InvalidArgumentError, MissingFileError, VersionError
+from scfm.models.scbert.names import is_scbert
+from scfm.models.scbert.state_file import names_in
 from scfm.models.weights import WEIGHT_FILES, file_sha256
 
 __all__ = ["FAMILIES", "FORMAT_VERSION", "FolderKind", "check_sha256", "inspect_folder"]
 
 FORMAT_VERSION = 1
-FAMILIES = ("geneformer", "scgpt")
+FAMILIES = ("geneformer", "scgpt", "scbert", "scfoundation")
 MAX_CONFIG_BYTES = 4 << 20
 _FAMILY_OF_MODEL_TYPE = {"bert": "geneformer"}
 _SCGPT_ARGS = ("embsize", "nlayers", "nheads")
+_SCFOUNDATION_FILE = "models.ckpt"
+_SCBERT_FILE = "panglao_pretrain.pth"
+_TORCH_FILES = (".pth", ".pt", ".ckpt", ".bin")
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
 _UPGRADE = "Upgrade with `pip install -U scfm`."
 
@@ -62,15 +68,19 @@ def inspect_folder(
         raise VersionError(_unknown(family), where="family", hint=_UPGRADE)
     folder = path if path.is_dir() else path.parent
     config_path = folder / "config.json"
-    released = _released_scgpt(path, folder, family)
+    released = (
+        _released_scgpt(path, folder, family)
+        or _released_scfoundation(path, family)
+        or _released_scbert(path, folder, family)
+    )
     if released is not None:
         if sha256 is not None:
             check_sha256(released.weights, sha256)
         return released
     if not config_path.is_file():
         raise MissingFileError(
-            f"no model in this folder; looked for config.json, or scGPT's args.json, and "
-            f"{', '.join(WEIGHT_FILES)}",
+            f"no model in this folder; looked for config.json, scGPT's args.json, {_SCFOUNDATION_FILE} or "
+            f"{_SCBERT_FILE}, and {', '.join(WEIGHT_FILES)}",
             path=folder,
         )
     config = load_json(config_path, max_bytes=MAX_CONFIG_BYTES)
@@ -92,6 +102,40 @@ def _released_scgpt(path: Path, folder: Path, family: str | None) -> FolderKind 
     if family is None and not all(key in args for key in _SCGPT_ARGS):
         return None
     return FolderKind(folder, "authors", "scgpt", args, _weights_in(folder) if path.is_dir() else path)
+
+
+def _released_scfoundation(path: Path, family: str | None) -> FolderKind | None:
+    """scFoundation as its authors release it: one file with its configuration, by their name or the caller's word."""
+    if path.is_dir():
+        file = path / _SCFOUNDATION_FILE
+        if not file.is_file() or (path / "config.json").is_file():
+            return None
+    else:
+        file = path
+    ours = family == "scfoundation" and file.suffix in (".ckpt", ".pt", ".pth", ".bin")
+    if not ours and (family is not None or file.name != _SCFOUNDATION_FILE):
+        return None
+    return FolderKind(file.parent, "authors", "scfoundation", {}, file)
+
+
+def _released_scbert(path: Path, folder: Path, family: str | None) -> FolderKind | None:
+    """scBERT as its authors save it: one torch file without anything beside it that says what it is."""
+    if family not in (None, "scbert") or (folder / "config.json").is_file():
+        return None
+    if not path.is_dir():
+        if path.suffix not in _TORCH_FILES or not (family or is_scbert(names_in(path))):
+            return None
+        return FolderKind(folder, "authors", "scbert", {}, path)
+    files = [folder / _SCBERT_FILE] if (folder / _SCBERT_FILE).is_file() else []
+    if not files and family is not None:
+        files = sorted(folder.glob("*.pth"))
+    if len(files) > 1:
+        raise InvalidArgumentError(
+            f"holds {len(files)} checkpoints: {', '.join(file.name for file in files[:5])}",
+            path=folder,
+            hint="Give the path of the one to load.",
+        )
+    return FolderKind(folder, "authors", "scbert", {}, files[0]) if files else None
 
 
 def check_sha256(weights: Path, pinned: str | Mapping[str, str]) -> None:

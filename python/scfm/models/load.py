@@ -15,6 +15,8 @@ from scfm.models.folder import FolderKind, inspect_folder
 from scfm.models.geneformer.checkpoint import load_geneformer
 from scfm.models.hub import resolve
 from scfm.models.nn.precision import resolve_device
+from scfm.models.scbert.checkpoint import load_scbert
+from scfm.models.scfoundation.checkpoint import load_scfoundation
 from scfm.models.scgpt.checkpoint import load_scgpt
 from scfm.tokenize.dictionaries import GeneformerDictionaries
 from scfm.tokenize.scgpt_vocab import ScgptVocab
@@ -46,9 +48,11 @@ def load(
     matrix products, "auto" being bfloat16 where the hardware multiplies it natively, "float32" for exactness.
     revision, sha256: pin a hub commit and the weights' checksum. trust_pickle: run the code that an old
     checkpoint may hold; never done otherwise. family: only where the folder does not tell it.
-    genes: scGPT's vocab.json, where it does not lie beside the weights. options: keyword arguments that the
-    original's constructor was given, of what scGPT's args.json and weights do not tell, such as
-    {"cell_emb_style": "avg-pool"}; they may also lie in model_kwargs.json beside the weights.
+    genes: scGPT's vocab.json, or the genes of scBERT and scFoundation in order (file or symbols), where they do not
+    lie beside the weights. variant: scFoundation's "cell" (the default), "rde" or "gene".
+    options: keyword arguments that the original's constructor was given, of what scGPT's args.json and weights do not
+    tell, such as {"cell_emb_style": "avg-pool"}; they may also lie in model_kwargs.json beside the weights. For scBERT
+    such as {"generalized_attention": True}, and "class_names" of a fine-tuned head.
     The model comes in evaluation mode; ``model.load_report`` accounts for every tensor. Raises a ScfmError
     that names the file and the key.
     """
@@ -67,6 +71,18 @@ def load(
             model: FoundationModel = load_scgpt(
                 found, options=options, vocab=genes, trust_pickle=trust_pickle
             )
+        elif found.family == "scbert":
+            _refuse(found, variant=variant, dictionaries=dictionaries, version=version)
+            if isinstance(genes, ScgptVocab):
+                raise InvalidArgumentError("is scGPT's vocabulary; scBERT needs a gene order", where="genes")
+            model = load_scbert(found, genes=genes, options=options, trust_pickle=trust_pickle)
+        elif found.family == "scfoundation":
+            _refuse(found, dictionaries=dictionaries, version=version, options=options)
+            if isinstance(genes, ScgptVocab):
+                raise InvalidArgumentError(
+                    "is scGPT's vocabulary; scFoundation needs its genes", where="genes"
+                )
+            model = load_scfoundation(found, variant=variant, genes=genes, trust_pickle=trust_pickle)
         else:
             _refuse(found, variant=variant, genes=genes, options=options)
             model = _load_geneformer(found, dictionaries, version, trust_pickle)

@@ -4,8 +4,8 @@
 
 n is LayerNorm, or a variant of the original's constructor: ScaleNorm, or ReZero, which has no norm and scales the
 branch instead. Heads may be wider than hidden_size / num_heads (scBERT: 10 heads of 64 in 200). The three projections
-keep the authors' names and are multiplied as one. The residual stream stays in the dtype of the weights (float32; float64 after
-``.double()``), whatever dtype the products run in. Source: performer_pytorch in scBERT's released code.
+keep the authors' names and are multiplied as one. The residual stream stays in the dtype of the weights (float32;
+float64 after ``.double()``), whatever dtype the products run in. Source: performer_pytorch in scBERT's released code.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class ScaleNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return x / length.clamp(min=self.eps) * self.g
+        normed: Tensor = x / length.clamp(min=self.eps) * self.g
+        return normed
 
 
 class ReZero(nn.Module):

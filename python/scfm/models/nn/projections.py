@@ -29,7 +29,8 @@ def draw_projection(num_features: int, head_dim: int, *, seed: int, layer: int, 
         orthogonal, _ = torch.linalg.qr(square)
         blocks.append(orthogonal.T[: num_features - start])
     lengths = torch.randn(num_features, head_dim, generator=generator).norm(dim=1, keepdim=True)
-    return torch.cat(blocks) * lengths
+    matrix: Tensor = torch.cat(blocks) * lengths
+    return matrix
 
 
 def next_projection(current: Tensor, *, seed: int, layer: int) -> Tensor:
