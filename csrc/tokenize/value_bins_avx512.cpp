@@ -91,7 +91,9 @@ MatchSummary match_as(const MatchArguments& row) noexcept {
   _mm512_storeu_pd(state.total, total);
   _mm512_storeu_pd(state.mapped, mapped_sum);
   state.highest = _mm512_reduce_max_epu32(highest);
-  state.fingerprint = static_cast<std::uint64_t>(_mm512_reduce_add_epi64(fingerprint));
+  std::uint64_t lanes[8];
+  _mm512_storeu_si512(lanes, fingerprint);
+  for (const std::uint64_t lane : lanes) state.fingerprint += lane;  // unsigned: meant to wrap around
   state.whole = fractions == 0;
   state.possible = impossible == 0;
   return state.summary();
