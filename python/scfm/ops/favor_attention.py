@@ -322,22 +322,25 @@ def _add_at_first_maximum(d_ak: Tensor, a_k: Tensor, amount: Tensor) -> None:
 
 def _batch_key_max(k: Tensor, projection: Tensor) -> Tensor:
     """The largest a_k of the whole batch, 0-d, differentiable through the one product it comes from."""
-    place = torch.ops.scfm.favor_largest_product(k, projection)
-    row, feature = place // len(projection), place % len(projection)
-    largest: Tensor = _projected(k.flatten(0, 1)[row].to(projection.dtype), projection)[feature]
-    return largest
+    place = torch.ops.scfm.favor_largest_product(k, projection).reshape(1)
+    # An index of no dimensions would be fetched from a GPU; one of one dimension is read there.
+    row = k.flatten(0, 1).index_select(0, place // len(projection)).to(projection.dtype)
+    products = _projected(row, projection)[0]
+    return products.index_select(0, place % len(projection))[0]
 
 
 @torch.library.custom_op("scfm::favor_largest_product", mutates_args=())
 def _largest_product(k: Tensor, projection: Tensor) -> Tensor:
-    """Where the largest a_k is: an int64 index into (T, H, F), some tokens at a time."""
-    best, place = -torch.inf, 0
+    """Where the largest a_k is: an int64 index into (T, H, F), some tokens at a time, without waiting for a GPU."""
+    best = projection.new_full((), -torch.inf)
+    place = torch.zeros((), dtype=torch.int64, device=k.device)
     for start in range(0, len(k), _TOKENS_AT_ONCE):
         products = _projected(k[start : start + _TOKENS_AT_ONCE].to(projection.dtype), projection)
         value, flat = products.flatten().max(0)
-        if float(value) > best:
-            best, place = float(value), int(flat) + start * k.shape[1] * len(projection)
-    return torch.tensor(place, device=k.device)
+        larger = value > best
+        best = torch.where(larger, value, best)
+        place = torch.where(larger, flat + start * k.shape[1] * len(projection), place)
+    return place
 
 
 @_largest_product.register_fake
