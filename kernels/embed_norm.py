@@ -162,6 +162,7 @@ def _inputs(ids: Sequence[Tensor], tables: Sequence[Tensor], addend: Tensor | No
 
 @cache
 def _shape_of_programs(size: int, num_tables: int, has_addend: bool) -> tuple[dict[str, Any], Options]:
+    """The kernels' constexpr parameters, not to be changed, and their options."""
     columns = triton.next_power_of_2(max(size, 1))
     rows = max(_ELEMENTS // columns, 1)
     constants = {
@@ -285,10 +286,10 @@ def _target(name: str, kernel: Callable[..., Any], size: int, num_tables: int, h
     floats = ["mean_ptr", "rstd_ptr"]
     rows = ["addend_ptr", "weight_ptr", *(f"table_{n}_ptr" for n in range(MAX_TABLES))]
     if name == "forward":
-        constants |= {"NORM": True}
+        constants = constants | {"NORM": True}
         rows += ["bias_ptr", "out_ptr"]
     else:
-        constants |= {"TOKENS": _TOKENS_PER_PARTIAL}
+        constants = constants | {"TOKENS": _TOKENS_PER_PARTIAL}
         rows.append("grad_out_ptr")
         floats += ["dx_ptr", "d_weight_ptr", "d_bias_ptr"]
     signature = {f"ids_{n}_ptr": "*i64:16" for n in range(MAX_TABLES)}
