@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 import scfm
-from scfm.cli import convert, demo, doctor, embed, export, inspect, pretrain, tokenize, verify
+from scfm.cli import convert, demo, doctor, embed, export, generate, inspect, map, pretrain, tokenize, verify
 
 app = typer.Typer(
     name="scfm",
@@ -37,3 +37,5 @@ app.command("embed")(embed.embed)
 app.command("verify")(verify.verify)
 app.command("export")(export.export)
 app.command("pretrain")(pretrain.pretrain)
+app.command("map")(map.map_cells)
+app.command("generate")(generate.generate)

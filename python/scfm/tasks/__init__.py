@@ -1,9 +1,10 @@
 """What people do with models, scanpy style: ``scfm.tl.<task>(adata, model)`` writes into the AnnData."""
 
+from scfm.tasks.attention import attention
 from scfm.tasks.embed import embed
 from scfm.tasks.generate import generate
 from scfm.tasks.map_to_reference import map_to_reference
 from scfm.tasks.mapping_report import mapping_report
 from scfm.tasks.state_embeddings import state_embeddings
 
-__all__ = ["embed", "generate", "map_to_reference", "mapping_report", "state_embeddings"]
+__all__ = ["attention", "embed", "generate", "map_to_reference", "mapping_report", "state_embeddings"]

@@ -16,9 +16,9 @@ has, the first of
     none       the same for all: genes become known in the order asked
 
 Ties go by the order asked. A gene's value is what was predicted when it became known, and is not predicted again. One
-iteration is one pass of the model. A small model trained for minutes on 2,430 PBMCs, asked for half the genes of 200
-others (150 genes in all), had squared errors of 22 and 102 bins^2 in the most and the least confident fifth by "bounded", 62 and 89 by
-"agreement", 70 in all; more iterations did not lower its error (64.5 in one, 64.7 in forty, of 40 other genes).
+iteration is one pass of the model. A small model trained for minutes on 2,430 PBMCs (150 genes), asked for half the
+genes of 200 others, had squared errors of 22 and 102 bins^2 in the most and the least confident fifth by "bounded", 62
+and 89 by "agreement", 70 in all; more iterations did not lower its error (64.5 in one, 64.7 in forty, of 40 genes).
 
 Everything about a cell depends on that cell alone. Source: Cui et al. 2024, Methods.
 """

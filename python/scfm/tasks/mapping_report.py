@@ -46,13 +46,16 @@ def mapping_report(
     labels: str,
     truth: str | None = None,
     key: str | None = None,
+    counts: Any = None,
+    reference_counts: Any = None,
     seed: int = 0,
 ) -> Report:
     """Accuracy and macro-F1 of ``obs[key]`` (default "mapped_<labels>") against ``obs[truth]`` (default ``labels``).
 
-    Both AnnData hold raw counts (found as scfm.read finds them) over common gene names: the baselines need them. Cells
-    of ``adata`` without a true label, and cells of the reference without one, take no part. "Unassigned" counts as
-    wrong. Raises InvalidArgumentError, NotCountsError, GeneMappingError where no gene is common.
+    The baselines need raw counts of both over common gene names: ``counts`` and ``reference_counts``, whatever
+    scfm.read accepts, in the same order of cells; by default those of the AnnData. Cells of ``adata`` without a true
+    label, and cells of the reference without one, take no part. "Unassigned" counts as wrong. Raises
+    InvalidArgumentError, NotCountsError, GeneMappingError where no gene is common.
     """
     key = key or f"mapped_{labels}"
     truth = truth or labels
@@ -68,7 +71,12 @@ def mapping_report(
     test_labels = theirs.to_numpy(dtype=object)[test].astype(str)
     predicted = ours.to_numpy(dtype=object)[test].astype(str)
     correct = predicted == test_labels
-    baselines = _baseline_embeddings(adata, reference, train, test)
+    baselines = _baseline_embeddings(
+        adata if counts is None else counts,
+        reference if reference_counts is None else reference_counts,
+        train,
+        test,
+    )
     all_labels = np.concatenate([train_labels, test_labels])
     rows_of = (np.arange(train.size), np.arange(train.size, train.size + test.size))
     scores = {
@@ -130,23 +138,23 @@ def _values(truth: NDArray[Any], predicted: NDArray[Any]) -> dict[str, float]:
 
 
 def _baseline_embeddings(
-    adata: AnnData, reference: AnnData, train: NDArray[np.int64], test: NDArray[np.int64]
+    counts: Any, reference_counts: Any, train: NDArray[np.int64], test: NDArray[np.int64]
 ) -> dict[str, NDArray[np.float32]]:
     """PCA-50 and highly variable genes of the reference's labelled cells, then the scored ones."""
-    there, here = read(reference), read(adata)
+    there, here = read(reference_counts), read(counts)
     common = there.genes.index.intersection(here.genes.index).unique()
     if not len(common):
         raise GeneMappingError(
-            f"none of the {there.num_genes:,} gene names of the reference is among the {here.num_genes:,} of adata",
+            f"none of the {there.num_genes:,} gene names of the reference is among the {here.num_genes:,} of the cells",
             where="var_names",
             hint="Give both the same kind of names: Ensembl ids or symbols.",
         )
     parts = [_counts(there, common, train), _counts(here, common, test)]
-    counts = sparse.vstack([part for part, _ in parts], format="csr")
+    joined = sparse.vstack([part for part, _ in parts], format="csr")
     return expression_baselines(
-        counts.indptr,
-        counts.indices,
-        counts.data,
+        joined.indptr,
+        joined.indices,
+        joined.data,
         len(common),
         np.arange(train.size),
         library_size=np.concatenate([size for _, size in parts]),
