@@ -56,7 +56,7 @@ class Backward {
     work_.for_each(spans, [&](const FavorTask& task, float* scratch) {
       largest[static_cast<std::size_t>(task.block)] = work_.kernels().key_span(
           {work_.shape(), work_.projection(), work_.rows(problem_.k, task), work_.rows(problem_.v, task),
-           task.count, true, !problem_.given_max, maximum(task), sums(task), scratch});
+           task.count, true, !problem_.given_max, false, maximum(task), sums(task), scratch});
     });
     return largest;
   }

@@ -15,7 +15,7 @@ std::vector<float> sum_keys(const FavorProblem& problem, FavorWork& work, const 
     const float given = problem.given_max ? key_max[task.cell->index] * kLog2E : 0.0f;
     const FavorLargest largest = work.kernels().key_span(
         {work.shape(), work.projection(), work.rows(problem.k, task), work.rows(problem.v, task), task.count,
-         problem.given_max, false, given, work.layout().sums_at(work.sums(task.block)), scratch});
+         problem.given_max, false, true, given, work.layout().sums_at(work.sums(task.block)), scratch});
     maxima[static_cast<std::size_t>(task.block)] = problem.given_max ? given : largest.value;
   });
   return maxima;

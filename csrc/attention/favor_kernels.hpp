@@ -67,6 +67,7 @@ struct FavorKeySpan {
   std::int64_t count;
   bool fixed_maximum;  // else sums are relative to the largest a_k of the span
   bool find_largest;   // where the largest a_k is
+  bool may_round;      // features and values to bfloat16, if that is what is stored; else all is float32
   float maximum;       // in base 2; read if fixed
   FavorSums sums;
   float* scratch;
@@ -149,5 +150,6 @@ struct FavorKernels {
 extern const FavorKernels favor_kernels_generic;
 extern const FavorKernels favor_kernels_avx2;
 extern const FavorKernels favor_kernels_avx512;
+extern const FavorKernels favor_kernels_avx512_bf16;  // the forward of bfloat16 rows in products of pairs
 
 }  // namespace scfm

@@ -26,7 +26,7 @@ namespace scfm {
 inline const FavorKernels& favor_kernels() {
 #ifdef SCFM_X86_SIMD
   static constexpr TablePerIsa<FavorKernels> kTables = {&favor_kernels_generic, &favor_kernels_avx2,
-                                                        &favor_kernels_avx512, &favor_kernels_avx512};
+                                                        &favor_kernels_avx512, &favor_kernels_avx512_bf16};
 #else
   static constexpr TablePerIsa<FavorKernels> kTables = {&favor_kernels_generic, &favor_kernels_generic,
                                                         &favor_kernels_generic, &favor_kernels_generic};
