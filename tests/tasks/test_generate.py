@@ -224,6 +224,19 @@ def test_the_bound_on_the_variance_holds() -> None:
         assert weights @ (np.arange(51) - mean) ** 2 <= (50 - mean) * mean + 1e-9
 
 
+def test_batch_labels_go_with_their_cells() -> None:
+    model = scgpt_of(num_batch_labels=2, use_batch_labels=True)
+    packed, labels = model.tokenize(some_cells()), np.array([0, 1, 1, 0, 1, 0])
+    found = scfm.tl.generate(model, packed, genes=ASKED, num_iterations=2, batch_labels=labels)
+    alone = scfm.tl.generate(model, packed.select([4]), genes=ASKED, num_iterations=2, batch_labels=[1])
+    np.testing.assert_array_equal(found.X[4:5], alone.X)
+    other = scfm.tl.generate(model, packed.select([4]), genes=ASKED, num_iterations=2, batch_labels=[0])
+    assert not np.array_equal(other.X, alone.X)
+    for wrong in (labels[1:], labels + 0.5, labels + 1):
+        with pytest.raises(InvalidArgumentError, match="batch_labels"):
+            scfm.tl.generate(model, packed, genes=ASKED, batch_labels=wrong)
+
+
 def test_models_of_continuous_values_get_them_back() -> None:
     model = scgpt_of(input_style="log1p")
     found = scfm.tl.generate(model, some_cells(), genes=ASKED, num_iterations=2)

@@ -108,6 +108,12 @@ def test_search_refuses_what_it_cannot_do(monkeypatch) -> None:
     assert nearest_cells(cells(2)[:0], points, num_neighbors=3)[0].shape == (0, 3)
 
 
+def test_a_folder_named_faiss_is_not_faiss(monkeypatch, tmp_path) -> None:
+    (tmp_path / "nofaiss").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not neighbor_search._is_installed("nofaiss") and neighbor_search._is_installed("torch")
+
+
 @pytest.mark.golden
 def test_votes_are_the_authors(goldens) -> None:
     stored = np.load(goldens("scgpt") / "refmap.npz", allow_pickle=False)
@@ -312,3 +318,22 @@ def test_the_report_shows_the_baselines(tiny_model, tiny_adata) -> None:
         scfm.tl.mapping_report(query, reference, labels="kind")
     with pytest.raises(InvalidArgumentError, match="map_to_reference"):
         scfm.tl.mapping_report(query, reference, labels="kind", key="kind")
+
+
+@pytest.mark.data
+def test_mapping_by_the_baselines_own_embedding_scores_what_it_scores(data_file) -> None:
+    from scipy import sparse
+
+    from scfm.evaluate import expression_baselines
+
+    adata = ad.read_h5ad(data_file("pbmc3k_labeled.h5ad"))
+    counts = sparse.csr_matrix(adata.X)
+    held_out = np.arange(adata.n_obs) % 2 == 1
+    found = expression_baselines(
+        counts.indptr, counts.indices, counts.data, counts.shape[1], np.flatnonzero(~held_out)
+    )
+    adata.obsm["X_pca"] = found["PCA-50"]
+    query, reference = adata[held_out].copy(), adata[~held_out].copy()
+    scfm.tl.map_to_reference(query, reference, labels="cell_type", use_rep="X_pca")
+    ours, pca, *_ = scfm.tl.mapping_report(query, reference, labels="cell_type").rows
+    assert ours.values == pca.values and ours.values["accuracy"] > 0.8

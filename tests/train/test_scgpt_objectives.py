@@ -135,6 +135,23 @@ def test_losses_of_cells_are_the_authors(goldens, variant: str, tag: str) -> Non
 
 
 @pytest.mark.golden
+@pytest.mark.parametrize("variant", ["K_multiomic_mod", "K_multiomic_mod_batch"])
+def test_the_multi_omic_model_takes_the_same_objective(goldens, variant: str) -> None:
+    batch = PaddedBatch.read(goldens("scgpt") / f"{variant}.npz")
+    model = load(goldens("scgpt") / variant)
+    values, want = batch["values"][batch.tokens], batch["slow.mlm_output"][batch.tokens]
+    scored = torch.arange(len(values)) % 3 == 1
+    targets = ExpressionTargets(values, scored, batch_labels=batch.inputs().get("batch_labels"))
+    objective = FineTuningObjective(mvc=1.0, ecs=10.0)
+    found = objective(model, batch.packed, targets, modalities=batch.inputs()["modalities"])
+    close_loss(found.parts["ecs"], batch["slow.loss_ecs"])
+    close_loss(found.parts["expression"], masked_mse(want, values, scored))
+    close_loss(found.parts["mvc"], masked_mse(batch["slow.mvc_output"][batch.tokens], values, scored))
+    found.total.backward()
+    assert model.mod_encoder.embedding.weight.grad.any()
+
+
+@pytest.mark.golden
 def test_contrast_as_part_of_an_objective(goldens) -> None:
     batch = PaddedBatch.read(goldens("scgpt") / "B_dab_dsbn_batch_zero.npz")
     model = load(goldens("scgpt") / "B_dab_dsbn_batch_zero")

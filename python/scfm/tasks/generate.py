@@ -87,7 +87,7 @@ def generate(
         num_iterations=num_iterations,
         confidence=kind,
         cell_embeddings=_one_each(embeddings, prompts.num_cells),
-        batch_labels=None if batch_labels is None else np.asarray(batch_labels),
+        batch_labels=_batch_labels(batch_labels, prompts.num_cells),
         token_budget=token_budget or default_token_budget(scgpt.device),
         progress=progress,
     )
@@ -175,6 +175,17 @@ def _one_each(embeddings: Tensor | None, num_cells: int) -> Tensor | None:
     if len(embeddings) == 1:
         return embeddings.expand(num_cells, -1)
     raise InvalidArgumentError(f"{len(embeddings)} for {num_cells} cells", where="cell_embedding")
+
+
+def _batch_labels(given: ArrayLike | None, num_cells: int) -> NDArray[np.int64] | None:
+    if given is None:
+        return None
+    labels = np.asarray(given)
+    if labels.shape != (num_cells,) or labels.dtype.kind not in "iu":
+        raise InvalidArgumentError(
+            f"{labels.dtype} {labels.shape}; expected whole numbers ({num_cells},)", where="batch_labels"
+        )
+    return labels.astype(np.int64)
 
 
 def _prompts(

@@ -130,12 +130,18 @@ def _proven(
 def _chosen_search(backend: str, reference: Points) -> Search:
     if backend not in ("auto", "exact", "faiss"):
         raise InvalidArgumentError(f'{backend!r}; expected "auto", "exact" or "faiss"', where="backend")
-    installed = find_spec("faiss") is not None
+    installed = _is_installed("faiss")
     if backend == "faiss" and not installed:
         raise MissingDependencyError("faiss is not installed", where="backend", hint="pip install faiss-cpu")
     if installed and (backend == "faiss" or (backend == "auto" and reference.in_memory)):
         return _faiss_search
     return _products_in(torch.float32)
+
+
+def _is_installed(package: str) -> bool:
+    """Whether it can be imported; a mere folder of that name, which Python takes for a package too, does not count."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def _products_in(dtype: torch.dtype) -> Search:
