@@ -19,7 +19,8 @@ __all__ = ["EPS", "key_exponentials", "logits", "query_features", "scaled_projec
 
 def scaled_projection(projection: Tensor, dtype: torch.dtype) -> Tensor:
     """c W^T, (D, F), in the dtype that features are computed in."""
-    return (projection.to(dtype) * projection.shape[1] ** -0.25).T.contiguous()
+    scaled: Tensor = projection.to(dtype) * projection.shape[1] ** -0.25
+    return scaled.T.contiguous()
 
 
 def logits(x: Tensor, weights: Tensor) -> Tensor:
