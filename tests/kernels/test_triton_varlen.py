@@ -8,6 +8,7 @@ import packs
 import pytest
 import torch
 from attention_checks import check_lse, check_results
+from scfm.kernels import tiles
 from scfm.kernels import varlen_attention as kernels
 
 from scfm.ops.varlen_attention import varlen_attention_reference as reference
@@ -81,6 +82,16 @@ def test_queries_of_their_own(device):
     assert not out[1:3].any() and not dq[1:3].any()
     assert bool((lse[1:3] == -math.inf).all())
     assert not dk[135:].any() and not dv[135:].any()
+
+
+def test_a_thousand_tiny_cells(device, monkeypatch):
+    """Of no token, one, two or three; counted in one turn here, since the interpreter takes its time for each."""
+    monkeypatch.setattr(tiles, "_CELLS", 1024)
+    offsets = packs.offsets([1, 0, 0, 0, 2, 0, 0, 3] * 125)
+    q, k, v, _ = packs.heads(int(offsets[-1]), 1, dtype=torch.float32)
+    out, _ = kernels.forward(*(x.to(device) for x in (q, k, v, offsets, offsets)), 0.25)
+    exact = reference(q.double(), k.double(), v.double(), offsets, scale=0.25)
+    packs.check_as_exact_as_torch(out.cpu(), reference(q, k, v, offsets, scale=0.25), exact)
 
 
 @pytest.mark.parametrize("scale", [-0.5, 0.0, 1.0])
