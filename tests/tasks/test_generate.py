@@ -122,9 +122,10 @@ def test_each_iteration_takes_its_share_by_confidence(model) -> None:
             left = [gene for gene in left if ids[gene] not in [token for token, _ in taken]]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("changes", [{}, {"explicit_zeros": True}, {"input_style": "log1p"}])
-def test_a_cell_depends_on_itself_alone(changes) -> None:
-    model = scgpt_of(**changes)
+def test_a_cell_depends_on_itself_alone(changes, dtype: str) -> None:
+    model = scgpt_of(**changes).set_compute_dtype(dtype)
     packed = model.tokenize(some_cells())
     together = scfm.tl.generate(model, packed, genes=ASKED, num_iterations=4)
     one_by_one = scfm.tl.generate(model, packed, genes=ASKED, num_iterations=4, token_budget=1)

@@ -349,6 +349,10 @@ def test_the_second_pass_leaves_the_first_alone() -> None:
     )[0][39].any()
 
 
+def test_the_second_pass_joins_when_the_authors_let_it() -> None:
+    assert not GenerativeObjective.at_step(1000).second_pass and GenerativeObjective.at_step(1001).second_pass
+
+
 def test_generation_learns() -> None:
     model = tiny_model().train()
     packed, targets = tiny_cells((12, 10, 14, 9))

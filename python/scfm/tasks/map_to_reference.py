@@ -25,7 +25,14 @@ from scfm.models.base import FoundationModel
 from scfm.tasks.embed import embed
 from scfm.tasks.label_votes import Ties, Weights, vote
 from scfm.tasks.neighbor_search import Backend, Metric, nearest_cells
-from scfm.tasks.reference import Embedded, Reference, check_same_model, embedded_cells, open_reference
+from scfm.tasks.reference import (
+    Embedded,
+    Reference,
+    check_same_model,
+    embedded_cells,
+    is_anndata,
+    open_reference,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -40,7 +47,8 @@ _DEFAULT_REP = "X_scgpt"
 class MappedCells:
     """One entry a query cell. labels: names of the reference's or UNASSIGNED; confidence: float32, the label's share
     of the votes, NaN for a cell without an embedding; neighbors: int64 (cells, k), rows of the reference, nearest
-    first, -1 for such a cell; distances: float32 (cells, k). checked: whether both embeddings said what made them.
+    first, -1 for such a cell; distances: float32 (cells, k). checked: whether both embeddings said
+    which weights made them.
     """
 
     labels: list[str]
@@ -86,16 +94,16 @@ def map_to_reference(
     models), BadCellError. Returns None, or the copy with ``copy=True``.
     """
     target = adata.copy() if copy else adata
-    uns = target.uns.get("scfm", {})
-    if not isinstance(uns, Mapping):
+    if not isinstance(target.uns.get("scfm", {}), Mapping):
         raise InvalidArgumentError(
-            f"is a {type(uns).__name__}; expected a mapping to add provenance to", where="adata.uns['scfm']"
+            f"is a {type(target.uns['scfm']).__name__}; expected a mapping to add provenance to",
+            where="adata.uns['scfm']",
         )
     rep = use_rep or (f"X_{model.family}" if model is not None else _DEFAULT_REP)
     key = key_added or (f"mapped_{labels}" if isinstance(labels, str) else "mapped_label")
     if model is not None:
         for cells in (target, reference):
-            if not isinstance(cells, EmbeddingStore | str | Path) and rep not in cells.obsm:
+            if is_anndata(cells) and rep not in cells.obsm:
                 embed(cells, model, key_added=rep, on_bad_cell="nan")
     opened = open_reference(reference, labels, key=rep)
     if opened.num_unlabelled:
@@ -123,7 +131,8 @@ def map_to_reference(
     target.obsm[f"{key}_distances"] = mapped.distances
     facts = _facts(opened, mapped, labels, rep, num_neighbors, metric, weights, ties)
     facts |= {"max_distance": max_distance, "min_confidence": min_confidence}
-    target.uns["scfm"] = {**uns, key: {name: fact for name, fact in facts.items() if fact is not None}}
+    facts = {name: fact for name, fact in facts.items() if fact is not None}  # AnnData's uns takes no None
+    target.uns["scfm"] = {**target.uns.get("scfm", {}), key: facts}
     return target if copy else None
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,7 @@ from scfm.tasks.neighbor_search import Points
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["Embedded", "Reference", "check_same_model", "embedded_cells", "open_reference"]
+__all__ = ["Embedded", "Reference", "check_same_model", "embedded_cells", "is_anndata", "open_reference"]
 
 # What must agree between two embeddings, by the names of the provenance.
 _COMPARED = ("family", "weights_sha256", "layer", "pooling")
@@ -54,6 +54,11 @@ class Reference:
     def cells_of_label(self) -> NDArray[np.int64]:
         """Voting cells with each label, int64 (labels,)."""
         return np.bincount(self.codes[self.embedded.points.rows], minlength=len(self.names)).astype(np.int64)
+
+
+def is_anndata(cells: Any) -> TypeGuard[AnnData]:
+    """Without importing anndata where nobody has."""
+    return hasattr(cells, "obsm") and hasattr(cells, "uns")
 
 
 def embedded_cells(adata: AnnData, key: str, name: str) -> Embedded:
@@ -106,9 +111,14 @@ def open_reference(
     if isinstance(reference, EmbeddingStore):
         embedded = stored_cells(reference)
         column = _labels_of_store(reference, labels) if isinstance(labels, str) else labels
-    else:
+    elif is_anndata(reference):
         embedded = embedded_cells(reference, key, "reference")
         column = _column(reference, labels) if isinstance(labels, str) else labels
+    else:
+        raise InvalidArgumentError(
+            f"is a {type(reference).__name__}; expected an AnnData or a folder of embeddings",
+            where="reference",
+        )
     codes, names = _encoded(column, embedded.num_cells)
     usable = embedded.points.rows
     voting = usable[codes[usable] >= 0]
@@ -122,8 +132,8 @@ def open_reference(
 
 
 def check_same_model(query: Embedded, reference: Embedded) -> bool:
-    """Whether both say what made them. Raises InvalidArgumentError for other dimensions, IntegrityError for another
-    model, layer or pooling.
+    """Whether both say which weights made them. Raises InvalidArgumentError for other dimensions, IntegrityError for
+    another model, layer or pooling.
     """
     if query.dimensions != reference.dimensions:
         raise InvalidArgumentError(
@@ -139,7 +149,7 @@ def check_same_model(query: Embedded, reference: Embedded) -> bool:
                 where="embedding",
                 hint="Embed both with the same model and settings; their distances mean nothing otherwise.",
             )
-    return bool(query.made_by) and bool(reference.made_by)
+    return all(bool(side.made_by.get("weights_sha256")) for side in (query, reference))
 
 
 def _column(adata: AnnData, labels: str) -> Any:

@@ -172,11 +172,16 @@ class GenerativeObjective:
     """Squared errors of the tokens that are not given: from the tokens ("expression"), from the cell's embedding
     ("mvc"), and from the tokens again with the cell's embedding as <cls> ("second_pass"). No weights.
 
-    mvc, second_pass: whether they are part of it. The authors add the second pass after SECOND_PASS_AFTER steps.
+    mvc, second_pass: whether they are part of it.
     """
 
     mvc: bool = True
     second_pass: bool = True
+
+    @classmethod
+    def at_step(cls, step: int) -> GenerativeObjective:
+        """The authors' at an optimiser step: the second pass joins after SECOND_PASS_AFTER of them."""
+        return cls(second_pass=step > SECOND_PASS_AFTER)
 
     def __call__(
         self, model: Scgpt, packed: PackedCells, targets: GenerativeTargets, **inputs: Any
