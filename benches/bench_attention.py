@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from attention_peers import sdpa_padded
 from machine import best_seconds, peak_gflop_per_second
-from peers import sdpa_padded
 from scfm import ops
 from shapes import cell_lengths
 

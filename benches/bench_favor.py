@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from attention_peers import performer
 from machine import best_seconds, extra_peak_mib, peak_gflop_per_second
-from peers import performer
 from scfm import ops
 
 TOKENS, HEADS, HEAD_DIM, FEATURES = 16_907, 10, 64, 266

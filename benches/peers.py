@@ -213,36 +213,6 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-# ---- Attention: torch's fused kernel and Performer's -------------------------------------------------------------
-
-
-def sdpa_padded(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """torch's scaled_dot_product_attention on a padded batch: (C, L, H, D) -> the same."""
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    return torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
-
-
-def performer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
-    """FAVOR+ as Performer's PyTorch code does it: feature maps of all tokens in memory. (C, H, L, D) -> the same."""
-    scale, ratio, eps = q.shape[-1] ** -0.25, projection.shape[0] ** -0.5, 1e-4
-    weights = projection.expand(*q.shape[:2], *projection.shape)
-
-    def features(x: torch.Tensor, is_query: bool) -> torch.Tensor:
-        projected = torch.einsum("...id,...jd->...ij", scale * x, weights)
-        half_norm = x.square().sum(-1, keepdim=True) / 2.0 * scale**2
-        dims = (-1,) if is_query else (-1, -2)
-        # The released code takes the keys' maximum over the whole tensor.
-        top = torch.amax(projected, dim=dims, keepdim=True) if is_query else torch.amax(projected)
-        return ratio * (torch.exp(projected - half_norm - top) + eps)
-
-    q_features, k_features = features(q, True), features(k, False)
-    inverse = 1.0 / torch.einsum("...nd,...d->...n", q_features, k_features.sum(dim=-2))
-    context = torch.einsum("...nd,...ne->...de", k_features, v)
-    return torch.einsum("...de,...nd,...n->...ne", context, q_features, inverse)
-
-
 # ---- scGPT's data set and collator -------------------------------------------------------------------------------
 # As embed_data runs them: the whole matrix made dense, each row's non-zero values behind <cls>, then a batch's cells
 # binned one by one (quantiles, two searches, a random number a value), sampled to length with torch and padded. The

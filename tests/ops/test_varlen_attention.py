@@ -7,7 +7,7 @@ import torch
 
 from scfm.errors import InvalidArgumentError
 from scfm.ops import varlen_attention, varlen_attention_reference
-from scfm.ops.varlen_attention import gradients_by_formula
+from scfm.ops.varlen_attention import gradients_by_formula, log_sum_exp
 
 LENGTHS = [
     [1],
@@ -120,3 +120,10 @@ def test_what_does_not_fit_is_refused(change) -> None:
     q, k, v, cu_seqlens = packed([3, 4, 5])
     with pytest.raises(InvalidArgumentError):
         varlen_attention(*change(q, k, v, cu_seqlens))
+
+
+@pytest.mark.parametrize("length", [1, 255, 257, 600])
+def test_log_sum_exp_in_blocks_is_that_of_the_whole(length: int) -> None:
+    q, k, _, _ = packed([length])
+    found = log_sum_exp(q.transpose(0, 1), k.transpose(0, 1), 0.3)
+    torch.testing.assert_close(found, torch.logsumexp(torch.einsum("ihd,jhd->hij", q, k) * 0.3, -1))

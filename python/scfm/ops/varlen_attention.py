@@ -223,7 +223,15 @@ def _torch_forward(
         else:
             attended = F.scaled_dot_product_attention(queries, keys, values, scale=scale)
             out[q_rows] = attended[0].transpose(0, 1).to(q.dtype)
+            lse[q_rows] = log_sum_exp(queries[0], keys[0], scale).T
     return out, lse
+
+
+def log_sum_exp(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """log sum_j exp(scale <q[i], k[j]>) of (H, L, D) each, a block of queries at a time; (H, L)."""
+    keys = k.transpose(1, 2)
+    parts = [torch.logsumexp(torch.bmm(x, keys) * scale, dim=-1) for x in torch.split(q, _QUERY_BLOCK, 1)]
+    return torch.cat(parts, 1)
 
 
 def _torch_backward(

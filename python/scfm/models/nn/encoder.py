@@ -19,8 +19,9 @@ from scfm.models.nn.linear import Linear
 from scfm.ops import varlen_attention
 from scfm.ops.products import row_stable_linear
 
-# Where nothing is kept for a backward, what follows attention is computed for so many rows at a time: the inner states
-# of the feed-forward (4 times the hidden ones) then stay in the cache, instead of 100 MB of fresh memory a layer.
+# On a CPU, where nothing is kept for a backward, what follows attention is computed for so many rows at a time: the
+# inner states of the feed-forward (4 times the hidden ones) then stay in the cache, instead of 100 MB of fresh memory
+# a layer. A GPU would only see its products cut small and launched often.
 ROWS_AT_ONCE = 1024
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
@@ -44,9 +45,8 @@ class EncoderLayer(nn.Module):
         self.num_heads = num_heads
         self.head_dim = hidden_size // num_heads
         self.dropout = dropout
-        self.inner_dropout = (
-            inner_dropout  # also between the two products of the feed-forward: torch's layer, not BERT's
-        )
+        # Also between the two products of the feed-forward: torch's layer has it, BERT's has not.
+        self.inner_dropout = inner_dropout
         self.activation = activation
         self.qkv = Linear(hidden_size, 3 * hidden_size)
         self.attention_out = Linear(hidden_size, hidden_size)
@@ -111,8 +111,8 @@ class EncoderLayer(nn.Module):
 
 
 def by_rows(step: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, other: Tensor) -> Tensor:
-    """``step`` of two tensors with a row a token, a block of rows at a time where no gradient is kept."""
-    if torch.is_grad_enabled() or len(hidden) <= ROWS_AT_ONCE:
+    """``step`` of two tensors with a row a token; on a CPU a block of rows at a time where no gradient is kept."""
+    if torch.is_grad_enabled() or hidden.device.type != "cpu" or len(hidden) <= ROWS_AT_ONCE:
         return step(hidden, other)
     out = torch.empty_like(hidden)
     for start in range(0, len(hidden), ROWS_AT_ONCE):
