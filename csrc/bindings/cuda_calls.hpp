@@ -25,24 +25,24 @@ inline void require(const char* function, cudaError_t error) {
   throw CudaFailure(function, error);
 }
 
-/// Makes a device the current one of this thread, and the old one again when it goes.
+/// Makes a device the current one of this thread, and the one before it again when it goes. Set even where
+/// this runtime believes it is current already: torch brings a runtime of its own, which may have switched
+/// since.
 class OnDevice {
  public:
-  OnDevice(const char* function, int device) {
+  OnDevice(const char* function, int device) : device_(device) {
     require(function, cudaGetDevice(&before_));
-    if (before_ == device) return;
     require(function, cudaSetDevice(device));
-    changed_ = true;
   }
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
   ~OnDevice() {
-    if (changed_) static_cast<void>(cudaSetDevice(before_));
+    if (before_ != device_) static_cast<void>(cudaSetDevice(before_));
   }
 
  private:
+  int device_;
   int before_ = 0;
-  bool changed_ = false;
 };
 
 /// stream: the address that torch.cuda.Stream.cuda_stream gives.

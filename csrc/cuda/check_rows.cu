@@ -5,11 +5,9 @@
 namespace scfm::cuda {
 namespace {
 
-constexpr int kWarpSize = 32;
-constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
 constexpr int kThreads = 256;
 constexpr int kRowsPerBlock = kThreads / kWarpSize;
-constexpr int kLanes = 8;  // partial sums of a row, see counts/row_sums.hpp
+constexpr std::int64_t kRowsPerSum = kThreads / kRowLanes;
 
 /// As memory filled with ones: the largest as unsigned, -1 as signed. The lowest fault is kept.
 __device__ void note_fault(std::int64_t* place, std::int64_t found) {
@@ -51,18 +49,16 @@ __global__ void __launch_bounds__(kThreads)
             static_cast<unsigned long long>(count));
 }
 
-/// Eight lanes a row.
 __global__ void __launch_bounds__(kThreads) row_sums_kernel(const DeviceCsr csr, double* sums) {
-  const int lane = static_cast<int>(threadIdx.x) % kLanes;
-  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;
+  const RowLane own;
+  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kRowsPerSum + threadIdx.x / kRowLanes;
   if (row >= csr.num_rows) return;
-  const unsigned group = 0xFFu << (threadIdx.x % kWarpSize - lane);
   double sum = 0.0;
-  for (std::int64_t i = csr.indptr[row] + lane; i < csr.indptr[row + 1]; i += kLanes) {
+  for (std::int64_t i = csr.indptr[row] + own.lane; i < csr.indptr[row + 1]; i += kRowLanes) {
     sum += value_at(csr.data, csr.data_type, i);
   }
-  for (int offset = kLanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(group, sum, offset);
-  if (lane == 0) sums[row] = sum;
+  sum = own.sum(sum);
+  if (own.lane == 0) sums[row] = sum;
 }
 
 }  // namespace
@@ -79,8 +75,8 @@ cudaError_t check_rows(const DeviceCsr& csr, RowCheck* found, std::uint8_t* out_
 }
 
 cudaError_t row_sums(const DeviceCsr& csr, double* sums, cudaStream_t stream) {
-  constexpr std::int64_t kRows = kThreads / kLanes;
-  return launch(row_sums_kernel, (csr.num_rows + kRows - 1) / kRows, 1, kThreads, stream, csr, sums);
+  return launch(row_sums_kernel, (csr.num_rows + kRowsPerSum - 1) / kRowsPerSum, 1, kThreads, stream, csr,
+                sums);
 }
 
 }  // namespace scfm::cuda

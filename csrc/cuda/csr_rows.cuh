@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "cuda/rank_value.hpp"
+#include "cuda/warp.cuh"
 
 namespace scfm::cuda {
 
@@ -43,6 +44,22 @@ __device__ inline double value_at(const void* data, DataType type, std::int64_t 
   }
   return static_cast<double>(static_cast<const std::uint64_t*>(data)[i]);
 }
+
+/// Sums of a row's values run in eight lanes, entry i in lane i % 8, on every processor: so they round alike.
+inline constexpr int kRowLanes = 8;
+
+/// This thread's lane of its row, and the mask of the row's lanes in the warp.
+struct RowLane {
+  int lane = static_cast<int>(threadIdx.x) % kRowLanes;
+  unsigned group = 0xFFu << (threadIdx.x % kWarpSize - lane);
+
+  /// ((0 + 4) + (2 + 6)) + ((1 + 5) + (3 + 7)), in all eight lanes.
+  template <class Number>
+  __device__ Number sum(Number x) const {
+    for (int offset = kRowLanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(group, x, offset);
+    return x;
+  }
+};
 
 /// One row, its columns strictly rising.
 struct DeviceRow {

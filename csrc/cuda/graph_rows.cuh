@@ -17,11 +17,10 @@
 #include "cuda/graph_attention.hpp"
 #include "cuda/launch.hpp"
 #include "cuda/stored_vectors.cuh"
+#include "cuda/warp.cuh"
 
 namespace scfm::cuda {
 
-inline constexpr int kWarpSize = 32;
-inline constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
 inline constexpr int kWarps = 8;
 inline constexpr int kThreads = kWarps * kWarpSize;
 inline constexpr std::int64_t kHubEdges = 512;

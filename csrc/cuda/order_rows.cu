@@ -2,13 +2,12 @@
 /// its entries, in float64, rounded to float32 if that is the type of the data.
 #include "cuda/block_sort.cuh"
 #include "cuda/launch.hpp"
-#include "cuda/rank_kernels.hpp"
+#include "cuda/rank_steps.cuh"
+#include "cuda/warp.cuh"
 
 namespace scfm::cuda {
 namespace {
 
-constexpr int kWarpSize = 32;
-constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
 constexpr int kWarps = kSortThreads / kWarpSize;
 
 /// How many threads before this one have it set; `total` becomes how many in the block do.
@@ -33,7 +32,7 @@ __device__ void order_row(const DeviceCsr& csr, std::int64_t row, const OrderedR
                           std::uint64_t* keys, Id* ids, std::int32_t (&warp_counts)[kWarps]) {
   const std::int64_t start = csr.indptr[row];
   const auto count = static_cast<std::int32_t>(csr.indptr[row + 1] - start);
-  for (std::int32_t i = static_cast<std::int32_t>(threadIdx.x); i < count; i += kSortThreads) {
+  for (std::int64_t i = threadIdx.x; i < count; i += kSortThreads) {
     keys[i] = ~static_cast<std::uint64_t>(column_at(csr.columns, csr.column_type, start + i));
     ids[i] = static_cast<Id>(i);
   }

@@ -2,7 +2,7 @@
 #include "cuda/block_sort.cuh"
 #include "cuda/launch.hpp"
 #include "cuda/rank_arithmetic.cuh"
-#include "cuda/rank_kernels.hpp"
+#include "cuda/rank_steps.cuh"
 
 namespace scfm::cuda {
 namespace {

@@ -1,32 +1,24 @@
 /// How many tokens every row becomes, its sums of counts, and where its tokens begin.
 #include "cuda/launch.hpp"
 #include "cuda/rank_arithmetic.cuh"
-#include "cuda/rank_kernels.hpp"
+#include "cuda/rank_steps.cuh"
 
 namespace scfm::cuda {
 namespace {
 
-constexpr int kWarpSize = 32;
-constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
 constexpr int kThreads = 256;
-constexpr int kLanes = 8;  // of a row: entry i belongs to lane i % 8, as on the CPU, so that sums round alike
+constexpr std::int64_t kRowsPerBlock = kThreads / kRowLanes;
 constexpr int kScanThreads = 1024;
 
-/// ((0 + 4) + (2 + 6)) + ((1 + 5) + (3 + 7)), in all eight lanes.
-template <class Number>
-__device__ Number sum_of_lanes(unsigned group, Number x) {
-  for (int offset = kLanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(group, x, offset);
-  return x;
-}
-
 /// Adds the slots that several columns feed, in their order; each lane works one out at a time.
-__device__ void add_slots(const DeviceRow& row, const DeviceGeneTable& table, unsigned group, int lane,
+__device__ void add_slots(const DeviceRow& row, const DeviceGeneTable& table, const RowLane& own,
                           double& mapped, std::int32_t& num_tokens) {
-  for (std::int64_t base = 0; base < table.num_summed; base += kLanes) {
+  for (std::int64_t base = 0; base < table.num_summed; base += kRowLanes) {
     std::int32_t first = -1;
-    const double own = base + lane < table.num_summed ? slot_sum(row, table, base + lane, first) : 0.0;
-    for (int i = 0; i < kLanes && base + i < table.num_summed; ++i) {
-      const double sum = __shfl_sync(group, own, i, kLanes);
+    const double mine =
+        base + own.lane < table.num_summed ? slot_sum(row, table, base + own.lane, first) : 0.0;
+    for (int i = 0; i < kRowLanes && base + i < table.num_summed; ++i) {
+      const double sum = __shfl_sync(own.group, mine, i, kRowLanes);
       mapped += sum;
       if (sum != 0.0) ++num_tokens;
     }
@@ -36,26 +28,26 @@ __device__ void add_slots(const DeviceRow& row, const DeviceGeneTable& table, un
 __global__ void __launch_bounds__(kThreads, 4)
     row_facts_kernel(const ReadableRows rows, const DeviceGeneTable table, const DeviceRankOptions options,
                      const RankResult result) {
-  const int lane = static_cast<int>(threadIdx.x) % kLanes;
-  const std::int64_t r = static_cast<std::int64_t>(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;
+  const RowLane own;
+  const std::int64_t r = static_cast<std::int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kRowLanes;
   if (r >= rows.csr.num_rows) return;
-  const unsigned group = 0xFFu << (threadIdx.x % kWarpSize - lane);
   const DeviceRow row = rows[r];
   double total = 0.0;
   double mapped = 0.0;
   std::int32_t num_tokens = 0;
-  for (std::int32_t i = lane; i < row.count; i += kLanes) {
-    const double x = row.value(i);
+  for (std::int64_t i = own.lane; i < row.count; i += kRowLanes) {
+    const auto entry = static_cast<std::int32_t>(i);
+    const double x = row.value(entry);
     total += x;
-    if (table.factors[row.column(i)] == 0.0) continue;
+    if (table.factors[row.column(entry)] == 0.0) continue;
     mapped += x;
     if (x != 0.0 || options.keep_zeros) ++num_tokens;
   }
-  total = sum_of_lanes(group, total);
-  mapped = sum_of_lanes(group, mapped);
-  num_tokens = sum_of_lanes(group, num_tokens);
-  add_slots(row, table, group, lane, mapped, num_tokens);
-  if (lane != 0) return;
+  total = own.sum(total);
+  mapped = own.sum(mapped);
+  num_tokens = own.sum(num_tokens);
+  add_slots(row, table, own, mapped, num_tokens);
+  if (own.lane != 0) return;
   result.total_counts[r] = total;
   result.mapped_counts[r] = mapped;
   result.num_gene_tokens[r] = num_tokens;
@@ -93,10 +85,9 @@ __global__ void __launch_bounds__(kScanThreads, 1)
 
 cudaError_t find_row_facts(const ReadableRows& rows, const DeviceGeneTable& table,
                            const DeviceRankOptions& options, const RankResult& result, cudaStream_t stream) {
-  constexpr std::int64_t kRows = kThreads / kLanes;
   const std::int64_t num_rows = rows.csr.num_rows;
-  const cudaError_t error = launch(row_facts_kernel, (num_rows + kRows - 1) / kRows, 1, kThreads, stream,
-                                   rows, table, options, result);
+  const cudaError_t error = launch(row_facts_kernel, (num_rows + kRowsPerBlock - 1) / kRowsPerBlock, 1,
+                                   kThreads, stream, rows, table, options, result);
   if (error != cudaSuccess) return error;
   return launch(offsets_kernel, 1, 1, kScanThreads, stream, result.cu_seqlens, num_rows);
 }

@@ -114,7 +114,7 @@ class Emulator:
 
     @contextmanager
     def order(self, order: int) -> Iterator[None]:
-        """Threads take turns from the first (0), from the last (1), or shuffled."""
+        """Threads take turns from the first (0), from the last and warps run ahead (1), or shuffled."""
         self._library.emulated_order(ctypes.c_uint64(order))
         yield
         self._library.emulated_order(ctypes.c_uint64(0))

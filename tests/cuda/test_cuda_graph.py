@@ -53,11 +53,12 @@ def test_equals_the_dense_mask(emulator: Emulator, lengths: list[int], dtype: to
     check(emulator, inputs(sum(lengths), 2, 64, dtype), make_plan(lengths))
 
 
-@pytest.mark.parametrize("head_dim", [4, 8, 16, 24, 32, 40, 64, 72, 96, 128, 136, 200, 256])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_cut_of_a_warp(emulator: Emulator, head_dim: int, dtype: torch.dtype) -> None:
-    if head_dim % WHOLE[dtype]:
-        pytest.skip("rows are whole numbers of 16 bytes; the operator sees to that")
+HEAD_DIMS = [4, 8, 16, 24, 32, 40, 64, 72, 96, 128, 136, 200, 256]
+CUTS = [(dtype, dim) for dtype in DTYPES for dim in HEAD_DIMS if dim % WHOLE[dtype] == 0]
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), CUTS, ids=str)
+def test_every_cut_of_a_warp(emulator: Emulator, dtype: torch.dtype, head_dim: int) -> None:
     check(emulator, inputs(31, 2, head_dim, dtype), make_plan([20, 11]), scale=1 / math.sqrt(head_dim))
 
 
@@ -107,9 +108,9 @@ def test_rows_about_the_size_of_a_hub(emulator: Emulator, count: int) -> None:
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_the_order_of_threads_does_not_matter(emulator: Emulator, order: int) -> None:
-    tensors = inputs(600, 2, 16, torch.float32)
-    seen = np.random.default_rng(1).random((600, 600)) < 0.03
-    seen[[0, 4]] = seen[:, [0, 4]] = True
+    tensors = inputs(520, 1, 16, torch.float32)
+    seen = np.random.default_rng(1).random((520, 520)) < 0.02
+    seen[[0, 1, 4]] = seen[:, [0, 1, 4]] = True
     first = emulator.graph(tensors, plan_of(seen), 0.3)
     with emulator.order(order):
         again = emulator.graph(tensors, plan_of(seen), 0.3)
@@ -131,6 +132,23 @@ def test_values_far_from_zero_cancel_in_the_gradient(emulator: Emulator) -> None
     tensors = inputs(60, 1, 64, torch.float32)
     tensors[2] += 100.0
     check(emulator, tensors, make_plan([60]))
+
+
+@pytest.mark.parametrize("hub", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_what_out_lost_by_rounding_does_not_reach_the_gradient(
+    emulator: Emulator, dtype: torch.dtype, hub
+) -> None:
+    """<out, dO> is only a guess of delta; with values about 100, out is rounded by as much as 0.25."""
+    num_tokens = 520 if hub else 40
+    tensors = inputs(num_tokens, 1, 16, dtype)
+    tensors[2] = tensors[2] + 100.0
+    seen = np.eye(num_tokens, dtype=bool)
+    seen[:3] = True
+    dq = emulator.graph(tensors, plan_of(seen), 0.2)[2].double()
+    exact = formula([x.double() for x in tensors], torch.from_numpy(seen), 0.2)[2]
+    rounding = 2 * float(torch.finfo(dtype).eps) * exact[:3].abs()
+    assert bool(((dq[:3] - exact[:3]).abs() <= rounding + 1e-4).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -169,7 +187,7 @@ def test_the_emulation_rounds_as_torch_does(emulator: Emulator) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
         values = bits[torch.isfinite(bits)]
-        v = values[: values.numel() // 8 * 8].reshape(-1, 1, 8)[::4].contiguous()
+        v = values[: values.numel() // 64 * 64].reshape(-1, 1, 64).contiguous()
         q = torch.zeros_like(v)
         out = emulator.graph([q, q, v, q], plan_of(np.eye(len(v), dtype=bool)), 1.0)[0]
         assert torch.equal(out, v)

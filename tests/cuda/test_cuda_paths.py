@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -28,7 +30,7 @@ def module(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> EmulatedModul
     """The emulated module is used for tensors on the CPU."""
     emulated = EmulatedModule(emulator)
     monkeypatch.setattr(cuda_kernels, "module", lambda: emulated)
-    monkeypatch.setattr(cuda_kernels, "stream_of", lambda device: 0)
+    monkeypatch.setattr(cuda_kernels, "stream_on", lambda device: nullcontext(0))
     monkeypatch.setattr(cuda_kernels, "objection", lambda tensor: None)
     monkeypatch.setattr("scfm.ops.paths._TABLE", _with_objections())
     return emulated
@@ -187,6 +189,16 @@ def test_broken_blocks_are_named_and_go_no_further(module: EmulatedModule) -> No
     ):
         rank_on_device(indptr, indices, data, table())
     assert module.calls == ["check_rows", "check_rows"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_arrays_that_may_not_be_written_are_taken(module: EmulatedModule) -> None:
+    arrays = [x.numpy() for x in csr()]
+    for array in arrays:
+        array.flags.writeable = False
+    slots = (np.array([0, 1, 2, -1, 3], np.int32), np.arange(10, 14, dtype=np.int32), np.ones(4))
+    found = RankOnDevice("cpu")(*arrays, np.ones(3), *slots, 4, "multiply64", True, -1, -1, -1, False)
+    assert found.token_ids.tolist() == [10, 11, 13, 12]
 
 
 def test_a_table_is_copied_once_for_each_plan(module: EmulatedModule) -> None:

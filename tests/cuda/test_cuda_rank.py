@@ -41,10 +41,12 @@ def test_every_type_and_arithmetic(emulator: Emulator, data_type: str, arithmeti
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_the_order_of_threads_does_not_matter(emulator: Emulator, order: int) -> None:
-    """A barrier that is missing shows in some order."""
+    """A barrier that is missing shows in some order: within a row, between rows of a block, between steps."""
     with emulator.order(order):
         check(emulator, make_block(1, [700, 0, 64, 65, 1, 33], 900, num_summed=9, highest=4, suffix_token=3))
-        check(emulator, make_block(2, [120, 500], 200, num_summed=3, tidy=False, highest=3))
+        check(emulator, make_block(2, [120, 1300], 800, num_summed=3, tidy=False, highest=3))
+        check(emulator, make_block(3, [200, 90, 150, 70], 300, highest=50), num_blocks=1)
+        check(emulator, make_block(8, [1, 2] * 1100, 5))
 
 
 @pytest.mark.parametrize(
@@ -133,6 +135,10 @@ def test_a_good_block(emulator: Emulator) -> None:
     order[[4, 5]] = [5, 4]
     found, flags = emulator.check_rows(replace(block, indices=block.indices[order]))
     assert found == [-1, -1, 1, 9] and flags.tolist() == [0, 0, 1]
+    repeated = block.indices.copy()
+    repeated[1] = repeated[0]
+    found, flags = emulator.check_rows(replace(block, indices=repeated))
+    assert found == [-1, -1, 1, 9] and flags.tolist() == [1, 0, 0]
 
 
 @pytest.mark.parametrize(

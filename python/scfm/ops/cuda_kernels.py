@@ -7,6 +7,8 @@ GPU yet; the same kernels run on the host in tests/cuda.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -53,9 +55,11 @@ def module() -> Any:
     return _cuda
 
 
-def stream_of(device: torch.device) -> int:
-    """The address of torch's current stream."""
-    return torch.cuda.current_stream(device).cuda_stream
+@contextmanager
+def stream_on(device: torch.device) -> Iterator[int]:
+    """Within: ``device`` is torch's current one. Gives the address of its current stream."""
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream(device).cuda_stream
 
 
 def graph_forward(
@@ -66,7 +70,8 @@ def graph_forward(
     stored = [_stored(x) for x in (q, k, v)]
     out = stored[0].new_empty(stored[0].shape)
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-    module().graph_forward(*stored, out, lse, row_offsets, columns, scale, stream_of(q.device))
+    with stream_on(q.device) as stream:
+        module().graph_forward(*stored, out, lse, row_offsets, columns, scale, stream)
     return _cut(out, q), lse
 
 
@@ -86,7 +91,8 @@ def graph_backward(
     stored = [_stored(x) for x in (grad_out, q, k, v, out)]
     grads = [stored[1].new_empty(stored[1].shape) for _ in range(3)]
     delta = torch.empty_like(lse)
-    module().graph_backward(*stored, lse, delta, *grads, *plan, scale, stream_of(q.device))
+    with stream_on(q.device) as stream:
+        module().graph_backward(*stored, lse, delta, *grads, *plan, scale, stream)
     dq, dk, dv = (_cut(x, q) for x in grads)
     return dq, dk, dv
 

@@ -91,44 +91,39 @@ def rank_on_device(
     tokens, -1 for no limit; prefix_token, suffix_token: -1 for none. Raises InvalidArgumentError for broken offsets
     and columns out of range, naming them; CudaError where CUDA refuses.
     """
-    cuda, stream = cuda_kernels.module(), cuda_kernels.stream_of(data.device)
-    num_rows, num_entries = indptr.numel() - 1, data.numel()
-    found = data.new_empty(4, dtype=torch.int64)
-    out_of_order = data.new_empty(max(num_rows, 0), dtype=torch.uint8)
-    cuda.check_rows(indptr, indices, data, table.num_genes, found, out_of_order, stream)
-    checked = tuple(found.tolist())
-    _raise_for(checked, indptr, indices, num_entries, table.num_genes)
-    if library_size is None:
-        library_size = data.new_empty(num_rows, dtype=torch.float64)
-        cuda.row_sums(indptr, data, library_size, stream)
-    room = _room(data, num_rows, checked, table.num_summed)
-    size = cuda.num_tokens_at_most(num_rows, num_entries, max_tokens, prefix_token, suffix_token)
-    result = DeviceTokens(
-        token_ids=data.new_empty(size, dtype=torch.int32),
-        counts=data.new_empty(size, dtype=torch.float64) if with_counts else None,
-        cu_seqlens=data.new_empty(num_rows + 1, dtype=torch.int64),
-        num_gene_tokens=data.new_empty(num_rows, dtype=torch.int32),
-        mapped_counts=data.new_empty(num_rows, dtype=torch.float64),
-        total_counts=data.new_empty(num_rows, dtype=torch.float64),
-    )
-    cuda.rank_value(
-        indptr,
-        indices,
-        data,
-        checked,
-        out_of_order,
-        library_size,
-        table.parts,
-        table.arithmetic,
-        keep_zeros,
-        max_tokens,
-        prefix_token,
-        suffix_token,
-        room,
-        tuple(vars(result).values()),
-        stream,
-    )
-    num_tokens = int(result.cu_seqlens[-1])
+    cuda, num_rows = cuda_kernels.module(), indptr.numel() - 1
+    with cuda_kernels.stream_on(data.device) as stream:
+        checked, out_of_order = _checked(indptr, indices, data, table.num_genes, stream)
+        if library_size is None:
+            library_size = data.new_empty(num_rows, dtype=torch.float64)
+            cuda.row_sums(indptr, data, library_size, stream)
+        size = cuda.num_tokens_at_most(num_rows, data.numel(), max_tokens, prefix_token, suffix_token)
+        result = DeviceTokens(
+            token_ids=data.new_empty(size, dtype=torch.int32),
+            counts=data.new_empty(size, dtype=torch.float64) if with_counts else None,
+            cu_seqlens=data.new_empty(num_rows + 1, dtype=torch.int64),
+            num_gene_tokens=data.new_empty(num_rows, dtype=torch.int32),
+            mapped_counts=data.new_empty(num_rows, dtype=torch.float64),
+            total_counts=data.new_empty(num_rows, dtype=torch.float64),
+        )
+        cuda.rank_value(
+            indptr,
+            indices,
+            data,
+            checked,
+            out_of_order,
+            library_size,
+            table.parts,
+            table.arithmetic,
+            keep_zeros,
+            max_tokens,
+            prefix_token,
+            suffix_token,
+            _room(data, num_rows, checked, table.num_summed),
+            tuple(vars(result).values()),
+            stream,
+        )
+        num_tokens = int(result.cu_seqlens[-1])
     counts = None if result.counts is None else result.counts[:num_tokens]
     return replace(result, token_ids=result.token_ids[:num_tokens], counts=counts)
 
@@ -169,11 +164,11 @@ class RankOnDevice:
     ) -> HostTokens:
         table = self._table(column_slot, slot_token, slot_median, num_single, arithmetic)
         tokens = rank_on_device(
-            torch.from_numpy(indptr).to(self.device),
-            torch.from_numpy(indices).to(self.device),
-            torch.from_numpy(data).to(self.device),
+            self._copied(indptr),
+            self._copied(indices),
+            self._copied(data),
             table,
-            torch.from_numpy(library_size).to(self.device),
+            self._copied(library_size),
             keep_zeros=keep_zeros,
             max_tokens=max_tokens,
             prefix_token=prefix_token,
@@ -188,6 +183,10 @@ class RankOnDevice:
             mapped_counts=tokens.mapped_counts.cpu().numpy(),
             total_counts=tokens.total_counts.cpu().numpy(),
         )
+
+    def _copied(self, array: Array) -> Tensor:
+        """On the device. Arrays over files may not be written, which torch would warn of."""
+        return torch.from_numpy(array if array.flags.writeable else array.copy()).to(self.device)
 
     def _table(
         self, column_slot: Array, slot_token: Array, slot_median: Array, num_single: int, arithmetic: str
@@ -218,6 +217,18 @@ def _objection(device: torch.device) -> str | None:
     if device.type == "cuda" and not torch.cuda.is_available():
         return "torch sees no GPU"
     return cuda_kernels.objection(torch.empty(0, device=device))
+
+
+def _checked(
+    indptr: Tensor, indices: Tensor, data: Tensor, num_genes: int, stream: int
+) -> tuple[tuple[int, ...], Tensor]:
+    """What _cuda.check_rows found, read back, and which rows are out of order. Raises for a broken block."""
+    found = data.new_empty(4, dtype=torch.int64)
+    out_of_order = data.new_empty(max(indptr.numel() - 1, 0), dtype=torch.uint8)
+    cuda_kernels.module().check_rows(indptr, indices, data, num_genes, found, out_of_order, stream)
+    checked = tuple(found.tolist())
+    _raise_for(checked, indptr, indices, data.numel(), num_genes)
+    return checked, out_of_order
 
 
 def _room(

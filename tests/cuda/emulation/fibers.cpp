@@ -75,7 +75,9 @@ void arrive(Barrier& barrier) {
   std::sort(released.begin(), released.end());
   if (order == 1) std::reverse(released.begin(), released.end());
   if (order > 1) std::shuffle(released.begin(), released.end(), shuffles);
-  block.ready.insert(block.ready.end(), released.begin(), released.end());
+  // In front, a warp runs ahead of the others until only the block's barrier stops it.
+  const bool ahead = order == 1 || (order > 1 && shuffles() % 2 == 0);
+  block.ready.insert(ahead ? block.ready.begin() : block.ready.end(), released.begin(), released.end());
   rest();
 }
 

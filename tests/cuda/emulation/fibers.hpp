@@ -37,7 +37,8 @@ void run_grid(unsigned grid_x, unsigned grid_y, unsigned num_threads, const std:
 /// The first failure since last asked, or null.
 const char* take_failure();
 
-/// 0: threads take turns from the first, 1: from the last, otherwise: shuffled by this seed.
+/// 0: threads take turns from the first; 1: from the last, a warp running as far ahead as it may; otherwise:
+/// shuffled by this seed.
 void set_order(std::uint64_t order);
 
 }  // namespace emulation
