@@ -40,7 +40,7 @@ def attention(
     models that are no scBERT.
     """
     if not isinstance(model, Scbert):
-        raise InvalidArgumentError(f"is a {model.family} model; expected scBERT", where="model")
+        raise InvalidArgumentError(f"is a {type(model).__name__}; expected a scBERT", where="model")
     if groupby is not None and groupby not in adata.obs:
         raise InvalidArgumentError(f"no column {groupby!r} in adata.obs", where="groupby")
     groups = np.full(adata.n_obs, _ALL, dtype=object)

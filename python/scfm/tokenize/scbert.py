@@ -26,6 +26,7 @@ from scfm.data.packed import PackedCells
 from scfm.data.raw_counts import Sample, describe
 from scfm.data.read import read
 from scfm.data.source import CellSource
+from scfm.data.source_list import SourceList
 from scfm.data.windows import Piece
 from scfm.errors import InvalidArgumentError
 from scfm.tokenize.planned_genes import PlannedGenes
@@ -93,10 +94,14 @@ class ScbertTokenizer(SourceTokenizer[_Plan]):
                 raise InvalidArgumentError(f"{found!r}; expected one of {allowed}", where=name)
 
     def read(self, data: Any, *, layer: str | None = None, assume_counts: bool = False) -> CellSource:
-        """Raw counts; with another input_style X, or the layer named, as it is."""
-        if self.input_style != "counts" and not isinstance(data, CellSource):
-            assume_counts = True
-        return read(data, layer=layer, assume_counts=assume_counts)
+        """Raw counts; with another input_style X, or the layer named, as it is. A CellSource has chosen already."""
+        if self.input_style == "counts" or isinstance(data, CellSource):
+            return read(data, layer=layer, assume_counts=assume_counts)
+        if isinstance(data, list | tuple) and data:
+            return SourceList([self.read(one, layer=layer, assume_counts=assume_counts) for one in data])
+        source = read(data, layer=layer, assume_counts=True)
+        source.expect_fractions()
+        return source
 
     def _plan_part(self, source: CellSource, species: str) -> tuple[_Plan, TokenizeReport]:
         mapping, plan = self._planned.of(source.genes, species)
