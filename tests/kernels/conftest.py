@@ -1,9 +1,9 @@
-"""Kernel tests run in Triton's interpreter, in a child process.
+"""Kernel tests run in Triton's interpreter, in child processes.
 
 Triton reads TRITON_INTERPRET when it and the kernels are imported, so one process has either interpreted kernels or
 compiled ones; which one must not depend on the tests that happened to be collected before. So this process only
-collects, one child with TRITON_INTERPRET=1 runs every selected test of this folder, and each test here takes over
-the child's verdict. Tests marked ``compiled`` stay in this process and start what they need themselves.
+collects, children with TRITON_INTERPRET=1 run the selected tests of this folder, one child a core, and each test here
+takes over a child's verdict. Tests marked ``compiled`` stay in this process and start what they need themselves.
 
 With TRITON_INTERPRET=1 set, pytest runs the tests directly; with SCFM_KERNEL_DEVICE=cuda, on a GPU, compiled.
 """
@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -26,6 +27,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "ops"))  # packs.py: the inputs and the bound that all paths share
 DEVICE = os.environ.get("SCFM_KERNEL_DEVICE", "cpu")
 RUNS_HERE = os.environ.get("TRITON_INTERPRET") == "1" or DEVICE != "cpu"
+NUM_CHILDREN = min(2, os.cpu_count() or 1)
 VERDICTS = "SCFM_KERNEL_VERDICTS"  # the file that a child leaves for its parent
 
 
@@ -65,14 +67,22 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 @cache
 def _child_verdicts(session: pytest.Session) -> dict[str, tuple[str, str]]:
-    """{test: (outcome, what it said)} of one child that runs all of this folder's selected tests."""
+    """{test: (outcome, what it said)} of the children that run all of this folder's selected tests between them."""
     chosen = [
         i.nodeid for i in session.items if HERE in i.path.parents and not i.get_closest_marker("compiled")
     ]
+    shares = [share for share in (chosen[n::NUM_CHILDREN] for n in range(NUM_CHILDREN)) if share]
+    with ThreadPoolExecutor(len(shares)) as pool:
+        found = list(pool.map(lambda share: _verdicts_of_child(session, share), shares))
+    return {name: verdict for verdicts in found for name, verdict in verdicts.items()}
+
+
+def _verdicts_of_child(session: pytest.Session, chosen: list[str]) -> dict[str, tuple[str, str]]:
     with tempfile.TemporaryDirectory() as folder:
         verdicts, arguments = Path(folder) / "verdicts.json", Path(folder) / "arguments"
         arguments.write_text("\n".join(["-q", "-p", "no:cacheprovider", *chosen]), encoding="utf-8")
-        environment = {**os.environ, "TRITON_INTERPRET": "1", VERDICTS: str(verdicts)}
+        one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        environment = {**os.environ, **one_thread, "TRITON_INTERPRET": "1", VERDICTS: str(verdicts)}
         child = subprocess.run(
             [sys.executable, "-m", "pytest", f"@{arguments}"],
             cwd=session.config.rootpath,
