@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -235,6 +237,52 @@ def test_a_device_that_is_not_there_is_refused_with_a_reason(tiny_vocab) -> None
     with pytest.raises(MissingDependencyError, match="cannot be ranked on cuda: torch sees no GPU"):
         GeneformerTokenizer(tiny_vocab, device="cuda")
     assert GeneformerTokenizer(tiny_vocab, device="cpu")._rank_on_device is None
+
+
+@dataclass
+class OnGpu:
+    """As much of a tensor on a GPU as an objection looks at."""
+
+    dtype: torch.dtype = torch.float32
+    shape: tuple[int, ...] = (1, 1, 64)
+    device = torch.device("cuda", 0)
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "capability", "reason"),
+    [
+        (torch.zeros(1, 1, 8), (9, 0), "computes on a GPU"),
+        (OnGpu(torch.float64), (9, 0), "has no float64"),
+        (OnGpu(shape=(1, 1, 257)), (9, 0), "head_dim 257 is above 256"),
+        (OnGpu(), (7, 5), "needs compute capability 8.0 or later"),
+        (OnGpu(), (9, 0), "the answer of missing"),
+    ],
+)
+def test_objections_in_words(monkeypatch: pytest.MonkeyPatch, tensor, capability, reason) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(cuda_kernels, "missing", lambda: "the answer of missing")
+    assert cuda_kernels.objection(tensor) == reason
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ModuleNotFoundError("No module named 'scfm._cuda'"), "the CUDA module is not built"),
+        (ImportError("wrong ELF class"), "the CUDA module cannot be loaded (wrong ELF class)"),
+        (None, "no GPU, or its driver is too old for CUDA 13.0"),
+    ],
+)
+def test_why_the_module_cannot_be_used(monkeypatch: pytest.MonkeyPatch, error, reason) -> None:
+    def module() -> SimpleNamespace:
+        if error is not None:
+            raise error
+        return SimpleNamespace(device_count=lambda: 0, runtime_version=lambda: (13, 0))
+
+    monkeypatch.setattr(cuda_kernels, "module", module)
+    assert cuda_kernels.missing.__wrapped__() == reason
 
 
 def test_the_table_of_paths_says_why() -> None:

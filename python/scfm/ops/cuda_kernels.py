@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -26,11 +27,13 @@ _VECTOR_BYTES = 16
 def missing() -> str | None:
     """Why the CUDA module cannot be used here, or None."""
     try:
-        from scfm import _cuda
-    except ImportError:
+        cuda = module()
+    except ModuleNotFoundError:
         return "the CUDA module is not built"
-    if _cuda.device_count() == 0:
-        major, minor = _cuda.runtime_version()
+    except ImportError as error:
+        return f"the CUDA module cannot be loaded ({error})"
+    if cuda.device_count() == 0:
+        major, minor = cuda.runtime_version()
         return f"no GPU, or its driver is too old for CUDA {major}.{minor}"
     return None
 
@@ -50,9 +53,7 @@ def objection(tensor: Tensor) -> str | None:
 
 def module() -> Any:
     """scfm._cuda."""
-    from scfm import _cuda
-
-    return _cuda
+    return import_module("scfm._cuda")
 
 
 @contextmanager
