@@ -5,7 +5,20 @@ from __future__ import annotations
 import typer
 
 import scfm
-from scfm.cli import convert, demo, doctor, embed, export, generate, inspect, map, pretrain, tokenize, verify
+from scfm.cli import (
+    convert,
+    demo,
+    doctor,
+    embed,
+    export,
+    generate,
+    impute,
+    inspect,
+    map,
+    pretrain,
+    tokenize,
+    verify,
+)
 
 app = typer.Typer(
     name="scfm",
@@ -39,3 +52,4 @@ app.command("export")(export.export)
 app.command("pretrain")(pretrain.pretrain)
 app.command("map")(map.map_cells)
 app.command("generate")(generate.generate)
+app.command("impute")(impute.impute)

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import h5py
 import numpy as np
@@ -19,32 +19,67 @@ from scfm.errors import FormatError, InvalidArgumentError, ScfmError, UnsafeFile
 
 def write_npy(path: Path, embedding: np.ndarray, facts: dict[str, Any]) -> None:
     """``path`` (.npy) and ``path``.json with the provenance."""
-    description = path.with_name(path.name + ".json")
-    description.unlink(missing_ok=True)  # an old one must never stand beside new numbers
+    description = _description_of(path)
     with whole_file(path) as temporary, temporary.open("wb") as stream:
         np.save(stream, embedding, allow_pickle=False)
+    _describe(description, facts)
+
+
+# Numbers too large for memory: their shape, their dtype, and who fills the dataset (or array on disk).
+Filled = tuple[tuple[int, ...], np.dtype[Any], Callable[[Any], None]]
+
+
+def write_npy_as_filled(path: Path, filled: Filled, facts: Callable[[], dict[str, Any]]) -> None:
+    """As ``write_npy``, of an array on disk that ``filled`` writes into; ``facts`` is asked afterwards."""
+    shape, dtype, fill = filled
+    description = _description_of(path)
+    with whole_file(path) as temporary:
+        array = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
+        fill(array)
+        array.flush()
+        del array
+    _describe(description, facts())
+
+
+def _description_of(path: Path) -> Path:
+    """Where the provenance of ``path`` goes. An old one must never stand beside new numbers."""
+    description = path.with_name(path.name + ".json")
+    description.unlink(missing_ok=True)
+    return description
+
+
+def _describe(description: Path, facts: dict[str, Any]) -> None:
     with whole_file(description) as temporary:
         temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-# An embedding that is too large for memory: its shape, its dtype, and who fills the dataset.
-Filled = tuple[tuple[int, ...], np.dtype[Any], Callable[[h5py.Dataset], None]]
-
-
 def write_h5ad_copy(
-    source: Path, path: Path, embedding: np.ndarray | Filled, key: str, facts: dict[str, Any]
+    source: Path,
+    path: Path,
+    embedding: np.ndarray | Filled,
+    key: str,
+    facts: dict[str, Any] | Callable[[], dict[str, Any]],
+    *,
+    room: Literal["obsm", "layers"] = "obsm",
 ) -> None:
-    """A copy of ``source`` with ``obsm[key]`` and ``uns["scfm"][key]``; the source stays as it is."""
+    """A copy of ``source`` with ``obsm[key]`` (or a layer) and ``uns["scfm"][key]``; the source stays as it is.
+
+    facts: the provenance, or who tells it once everything is written.
+    """
     check_h5ad_copy(source, path)
     with whole_file(path) as temporary:
         shutil.copyfile(source, temporary)
         with h5py.File(temporary, "r+") as file:
-            obsm = _mapping(file, "obsm", source)
+            group = _mapping(file, room, source)
             if isinstance(embedding, np.ndarray):
-                _write_into(obsm, key, embedding)
+                _write_into(group, key, embedding)
             else:
-                _fill_into(obsm, key, *embedding)
-            _write_into(_mapping(_mapping(file, "uns", source), "scfm", source), key, facts)
+                _fill_into(group, key, *embedding)
+            _write_into(
+                _mapping(_mapping(file, "uns", source), "scfm", source),
+                key,
+                facts() if callable(facts) else facts,
+            )
 
 
 def _fill_into(

@@ -121,6 +121,12 @@ class ScfoundationTokenizer(SourceTokenizer[_Plan]):
         source.expect_fractions()
         return source
 
+    def positions_of(self, genes: pd.DataFrame, *, species: str | None = None) -> np.ndarray:
+        """int64 (genes,): the position of each gene of a table (var), -1 where the model has none."""
+        mapping, _ = self._planned.of(genes, species or self.species)
+        found = (-1 if gene is None else self.vocab.token[gene] for gene in mapping.ids)
+        return np.fromiter(found, dtype=np.int64, count=len(mapping.ids))
+
     def _plan_part(self, source: CellSource, species: str) -> tuple[_Plan, TokenizeReport]:
         mapping, plan = self._planned.of(source.genes, species)
         report = TokenizeReport(source.name, source.counts_from, self._library_size_from, mapping.coverage())

@@ -1,6 +1,7 @@
 """The objectives that models are trained with, by family.
 
-Geneformer's masked genes: geneformer_objectives.py. scGPT's expression, cells and batches: scgpt_objectives.py. What
+Geneformer's masked genes: geneformer_objectives.py. scGPT's expression, cells and batches: scgpt_objectives.py.
+scFoundation's hidden genes at another read depth: scfoundation_objectives.py. What
 they add up is in losses.py: functions of tensors alone.
 """
 
@@ -13,6 +14,7 @@ from scfm.train.geneformer_objectives import (
     mask_genes,
     masked_gene_loss,
 )
+from scfm.train.scfoundation_objectives import HiddenGenes, hide_genes, read_depth_loss
 from scfm.train.scgpt_objectives import (
     ExpressionTargets,
     FineTuningObjective,
@@ -28,12 +30,15 @@ __all__ = [
     "FineTuningObjective",
     "GenerativeObjective",
     "GenerativeTargets",
+    "HiddenGenes",
     "MaskedCells",
     "MaskedEvaluation",
     "ObjectiveLoss",
     "evaluate_masked",
     "hide_expression",
+    "hide_genes",
     "mask_genes",
     "masked_gene_loss",
+    "read_depth_loss",
     "split_expression",
 ]
