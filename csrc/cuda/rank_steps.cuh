@@ -10,8 +10,8 @@
 
 namespace scfm::cuda {
 
-/// A row of up to this many entries is sorted in shared memory: 40 KB of pairs, so that four blocks of 512
-/// threads, all that a multiprocessor can hold, have room in its shared memory.
+/// A row of up to this many entries is sorted in shared memory: 40 KB of pairs, what a block has without
+/// asking for more. Two blocks of 512 threads, as many as the registers allow, then fit any multiprocessor.
 inline constexpr std::int64_t kSharedEntries = 4096;
 inline constexpr int kSortThreads = 512;
 
