@@ -167,7 +167,8 @@ def targets_of(module: str) -> list[Target]:
 def _compile_named(job: tuple[str, str, int]) -> Report:
     """A target by its names: kernels do not travel between processes."""
     module, name, architecture = job
-    return compile_for(next(t for t in targets_of(module) if t.name == name), architecture)
+    named = (t for t in targets_of(module) if t.name == name and architecture in t.architectures)
+    return compile_for(next(named), architecture)
 
 
 def compile_all(

@@ -38,7 +38,7 @@ _Row = tuple[int, Tiles, Tiles, Tiles]
 _SMALL: list[_Row] = [
     (64, _tiles(128, 64, 8, 2), _tiles(64, 64, 8, 2), _tiles(64, 32, 4, 2)),
     (128, _tiles(128, 32, 8, 2), _tiles(32, 64, 4, 2), _tiles(32, 64, 8, 2)),
-    (256, _tiles(32, 32, 8, 2), _tiles(16, 16, 4, 1), _tiles(16, 16, 4, 1)),
+    (256, _tiles(32, 32, 8, 2), _tiles(16, 16, 4, 1), _tiles(16, 16, 8, 1)),
 ]
 # Products of full float32 precision run outside the tensor cores and hold whole operands in registers: they spill
 # at any size, least at small ones.
@@ -56,7 +56,7 @@ _HALF_PRECISION: dict[int, list[_Row]] = {
     90: [
         (64, _tiles(128, 128, 8, 3), _tiles(128, 64, 8, 3), _tiles(128, 64, 8, 3)),
         (128, _tiles(128, 64, 8, 3), _tiles(128, 64, 8, 2), _tiles(128, 32, 8, 2)),
-        (256, _tiles(128, 64, 8, 2), _tiles(128, 16, 8, 1), _tiles(16, 16, 4, 1)),
+        (256, _tiles(128, 64, 8, 2), _tiles(128, 16, 8, 1), _tiles(16, 16, 8, 1)),
     ],
     100: [
         (64, _tiles(128, 128, 8, 3), _tiles(128, 64, 8, 2), _tiles(128, 64, 8, 2)),

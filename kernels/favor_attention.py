@@ -185,5 +185,5 @@ def _plain_target(
         multiplies=bool(tiles),
         architectures=architectures,
         rare=rare,
-        may_spill=head_dim > 64,
+        may_spill=rare,
     )

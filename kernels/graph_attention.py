@@ -146,7 +146,14 @@ def aot_targets() -> list[Target]:
     kernels = (graph_forward_kernel, graph_query_grad_kernel, graph_key_grads_kernel)
     return [
         target(
-            kernel.__name__.removesuffix("_kernel"), kernel, sizes, torch.bfloat16, head_dim, arch, rare=rare
+            kernel.__name__.removesuffix("_kernel"),
+            kernel,
+            sizes,
+            torch.bfloat16,
+            head_dim,
+            arch,
+            rare=rare,
+            may_spill=arch == 86,
         )
         for head_dim, architectures, rare in (
             (64, (80, 90, 100), False),

@@ -83,6 +83,7 @@ def target(
     architecture: int,
     *,
     rare: bool = False,
+    may_spill: bool = False,
 ) -> Target:
     """An attention kernel as it is launched on packed, aligned tensors; parameter names tell the types."""
     held = constants(dtype, head_dim, sizes)
@@ -97,6 +98,7 @@ def target(
         multiplies=dtype != torch.float32,
         architectures=(architecture,),
         rare=rare,
+        may_spill=may_spill,
     )
 
 
