@@ -120,17 +120,17 @@ inline void store_rounded_pairs(uint32_t* out, Vec low, Vec high) {
   _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high.lane, low.lane));
 }
 
-/// 2^x for x <= 0 within 2^-13, for what is rounded to bfloat16: 0 below -126; NaN stays NaN.
+/// 2^x within 2^-13 for x up to 127, for what is rounded to bfloat16: below -127 what that rounds to 0; NaN
+/// stays NaN. (The instruction that scales by a power of two takes the whole part of x by itself.)
 inline Vec exp2_coarse(Vec x) {
-  const __mmask16 in_range = _mm512_cmp_ps_mask(x.lane, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-  const __m512 whole =
-      _mm512_maskz_roundscale_ps(in_range, x.lane, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_maskz_sub_ps(in_range, x.lane, whole);
-  __m512 p = _mm512_set1_ps(0.0551716649f);
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.242611122f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.693260986f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.999928074f));
-  return {_mm512_maskz_scalef_ps(in_range, p, whole)};
+  const __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-127.0f), x.lane);  // of a number and NaN, NaN
+  constexpr int kFloor = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+  const __m512 f = _mm512_reduce_ps(bounded, kFloor);
+  __m512 p = _mm512_set1_ps(0.078023009f);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.22606939f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.69583285f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.99992526f));
+  return {_mm512_scalef_ps(p, bounded)};
 }
 
 }  // namespace
