@@ -74,8 +74,8 @@ def check_rows(
     out_of_order: Tensor,
     stream: int,
 ) -> None:
-    """found, int64 (4,): first bad place in indptr or -1, first entry with a column out of range or -1, rows whose columns
-    do not strictly rise, the longest row. out_of_order, uint8 (cells,)."""
+    """found, int64 (4,): first bad place in indptr or -1, first entry with a column out of range or -1, rows whose
+    columns do not strictly rise, the longest row. out_of_order, uint8 (cells,)."""
 
 def row_sums(indptr: Tensor, data: Tensor, sums: Tensor, stream: int) -> None:
     """sums, float64 (cells,), as _native.row_sums. indptr is trusted."""
@@ -105,7 +105,7 @@ def rank_value(
     result: tuple[Any, ...],
     stream: int,
 ) -> None:
-    """checked: check_rows' found, read back. table: gene_table's first five. room: ordered columns int32, values float64
-    (entries,) and counts int32 (cells,), needed where rows are out of order; keys int64 and ids int32 of
+    """checked: check_rows' found, read back. table: gene_table's first five. room: ordered columns int32, values
+    float64 (entries,) and counts int32 (cells,), needed where rows are out of order; keys int64 and ids int32 of
     num_long_row_blocks * longest row. result: token_ids, counts float64 or None, cu_seqlens int64, num_gene_tokens
     int32, mapped_counts and total_counts float64. checked and the table's contents are trusted."""
