@@ -172,7 +172,7 @@ def test_report_stands_beside_baselines(model) -> None:
 def test_report_would_find_a_better_method(model, monkeypatch) -> None:
     """A prediction that knows the cells' true rates wins over their noisy counts."""
     generator = np.random.default_rng(0)
-    rates = generator.gamma(0.5, 1.0, size=(1, NUM_GENES)) * np.ones((40, 1))
+    rates = (5 + 20 * generator.gamma(0.5, 1.0, size=(1, NUM_GENES))) * np.ones((40, 1))
     adata = ad.AnnData(sp.csr_matrix(generator.poisson(rates)).astype(np.float32))
     adata.var = pd.DataFrame(index=GENES)
     profile = np.log1p(rates[:1] / rates[0].sum() * 1e4)

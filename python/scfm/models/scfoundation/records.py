@@ -75,7 +75,10 @@ RECORDS: dict[str, type] = {
     **{
         name: _Type
         for module in ("builtins", "__builtin__")
-        for name in (f"{module}.{one}" for one in ("dict", "list", "int", "float", "str", "bool", "object"))
+        for name in (
+            f"{module}.{one}"
+            for one in ("dict", "list", "tuple", "int", "long", "float", "str", "unicode", "bool", "object")
+        )
     },
     "typing.Any": _Type,
 }
