@@ -23,9 +23,10 @@ from scfm.models.nn.linear import Linear
 from scfm.models.nn.linear_attention import generalized_attention, unprojected_attention
 from scfm.models.nn.projections import default_num_features, draw_projection, next_projection
 from scfm.ops import favor_attention
-from scfm.ops.products import row_stable_linear
+from scfm.ops.products import MIN_ROWS, fast_float32, row_stable_linear
 
 REDRAW_INTERVAL = 1000
+_ROWS_OF_PRODUCT = 4096
 
 KmaxScope = Literal["cell", "batch"]
 AttentionKind = Literal["favor", "generalized", "unprojected"]
@@ -126,8 +127,11 @@ class PerformerAttention(nn.Module):
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x: (T, hidden_size), normalised -> q, k, v: (T, H, D) in ``compute_dtype``."""
-        joined = row_stable_linear(x, *self.qkv_weights()).view(len(x), 3, self.num_heads, self.head_dim)
-        q, k, v = joined.unbind(1)
+        return self.split(row_stable_linear(x, *self.qkv_weights()))
+
+    def split(self, joined: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, 3 * H * D), as the joined product has them -> q, k, v: (T, H, D)."""
+        q, k, v = joined.view(len(joined), 3, self.num_heads, self.head_dim).unbind(1)
         return q, k, v
 
     def attend(
@@ -174,9 +178,26 @@ class PerformerBlock(nn.Module):
         self.ffn_norm = _norm(shape)
         self.ffn = FeedForward(shape.hidden_size, shape.ffn_mult, glu=shape.glu)
 
-    def forward(self, hidden: Tensor, cu_seqlens: Tensor, kmax_scope: KmaxScope = "cell") -> Tensor:
-        q, k, v = self.attention.qkv(self.normed(hidden))
+    def forward(
+        self,
+        hidden: Tensor,
+        cu_seqlens: Tensor,
+        kmax_scope: KmaxScope = "cell",
+        scratch: Tensor | None = None,
+    ) -> Tensor:
+        """scratch: (T, 3 * H * D) in ``compute_dtype``, written over; only where no gradient is kept."""
+        if scratch is None:
+            q, k, v = self.attention.qkv(self.normed(hidden))
+        else:
+            q, k, v = self.attention.split(self._qkv_into(scratch, hidden))
         return self.after_attention(hidden, self.attention.attend(q, k, v, cu_seqlens, kmax_scope))
+
+    def _qkv_into(self, scratch: Tensor, hidden: Tensor) -> Tensor:
+        weight, bias = self.attention.qkv_weights()
+        for start in range(0, len(hidden), _ROWS_OF_PRODUCT):
+            rows = slice(start, start + _ROWS_OF_PRODUCT)
+            _linear_into(scratch[rows], self.normed(hidden[rows]).to(weight.dtype), weight, bias)
+        return scratch
 
     def normed(self, hidden: Tensor) -> Tensor:
         """What the attention's projections are applied to."""
@@ -240,12 +261,24 @@ class Performer(nn.Module):
             self.count_call()
         if self.shape.reversible:
             return self._run_reversible(hidden, cu_seqlens, kmax_scope, num_layers, keep_states)
+        blocks = self.blocks()[first:num_layers]
+        scratch = self._scratch(hidden) if blocks else None
         states = [hidden]
         del hidden
-        for block in self.blocks()[first:num_layers]:
-            after = block(states[-1], cu_seqlens, kmax_scope)
+        for block in blocks:
+            after = block(states[-1], cu_seqlens, kmax_scope, scratch)
             states = [*states, after] if keep_states else [after]
         return states
+
+    def _scratch(self, hidden: Tensor) -> Tensor | None:
+        """Memory for the blocks' queries, keys and values, one after the other's, where no gradient needs them.
+
+        Fresh memory is paid for page by page as it is first written: at scBERT's length that is half of the product.
+        """
+        if torch.is_grad_enabled() or hidden.device.type != "cpu":
+            return None
+        inner = self.shape.num_heads * self.shape.head_dim
+        return hidden.new_empty(len(hidden), 3 * inner, dtype=self.blocks()[0].attention.compute_dtype)
 
     def _run_reversible(
         self, hidden: Tensor, cu_seqlens: Tensor, scope: KmaxScope, num_layers: int | None, keep_states: bool
@@ -297,6 +330,18 @@ class Performer(nn.Module):
             matrix = block.attention.projection_matrix
             matrix.copy_(draw_projection(*matrix.shape, seed=seed, layer=number))
         self.calls_since_last_redraw.zero_()
+
+
+def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """``row_stable_linear`` written to ``out``."""
+    if len(x) < MIN_ROWS:
+        out.copy_(row_stable_linear(x, weight, bias))
+        return
+    with fast_float32(x.device):
+        if bias is None:
+            torch.mm(x, weight.T, out=out)
+        else:
+            torch.addmm(bias, x, weight.T, out=out)
 
 
 def _norm(shape: PerformerShape) -> nn.Module:
