@@ -150,12 +150,15 @@ class PackedCells:
         )
 
     def to(self, device: torch.device | str) -> PackedCells:
-        return PackedCells(
-            token_ids=self.token_ids.to(device),
-            values=None if self.values is None else self.values.to(device),
-            cu_seqlens=self.cu_seqlens.to(device),
-            cell_ids=self.cell_ids.to(device),
-        )
+        # Tensors of inference mode do not tell when they are changed, so GPU kernels could not keep on the offsets
+        # what they work out of them once for all layers.
+        with torch.inference_mode(False):
+            return PackedCells(
+                token_ids=self.token_ids.to(device),
+                values=None if self.values is None else self.values.to(device),
+                cu_seqlens=self.cu_seqlens.to(device),
+                cell_ids=self.cell_ids.to(device),
+            )
 
     def to_lists(self) -> list[list[int]]:
         """Tokens as Python lists, one a cell."""
