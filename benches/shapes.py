@@ -33,6 +33,7 @@ GENEFORMER = EncoderShape(
 )  # fmt: skip
 SCGPT = EncoderShape("scGPT whole-human", 12, 512, 8, 64, 512, vocab_size=60_697, num_tokens=1200)
 SCBERT = EncoderShape("scBERT", 6, 200, 10, 64, 800, vocab_size=7, num_tokens=16_907, num_features=266)
+SCFOUNDATION = EncoderShape("scFoundation", 12, 768, 12, 64, 3072, vocab_size=19_266, num_tokens=1200)
 GRAPH_GENES, GRAPH_NEIGHBORS = 2000, 32
 
 
