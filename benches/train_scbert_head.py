@@ -6,9 +6,9 @@ The authors' finetune.py: an 80/20 split within each label, Adam at their learni
 3, 60 of them accumulated), early stopping after 10 epochs without a better accuracy, the last norm, the block before
 the last and the head trained. What lies before the first trained block never changes, so it is computed once a cell and
 kept in bfloat16; projections are not redrawn. The panel is the genes whose logarithmic expression varies most in the
-training cells, since random weights have no panel of their own. Each epoch takes every training cell once (the original draws cells with
-replacement) and is scored on all test cells. --trained head keeps the last block's output too: an epoch then takes
-seconds.
+training cells, since random weights have no panel of their own. Each epoch takes every training cell once (the original
+draws cells with replacement) and is scored on all test cells. --trained head keeps the last block's output too: an
+epoch then takes seconds.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ class Cells:
     test: np.ndarray
 
 
-def read_cells(path: Path, label_key: str, num_genes: int) -> Cells:
+def read_cells(path: Path, label_key: str, left_out: list[str], num_genes: int) -> Cells:
     data = ad.read_h5ad(path)
-    data = data[data.obs[label_key].notna()].copy()
+    labelled = data.obs[label_key].notna() & ~data.obs[label_key].isin(left_out)
+    data = data[labelled.to_numpy()].copy()
     labels = data.obs[label_key].astype(str).to_numpy()
     train, test = stratified_split(labels, test_fraction=0.2, seed=SPLIT_SEED)
     counts = data.X.tocsr()
@@ -184,10 +185,11 @@ def main() -> None:
     )
     parser.add_argument("data", type=Path)
     parser.add_argument("--label", default="cell_type")
+    parser.add_argument("--leave-out", nargs="*", default=["unlabelled"], help="labels that are none")
     parser.add_argument(
         "--minutes", type=float, default=20.0, help="of all, tokens and frozen blocks included"
     )
-    parser.add_argument("--genes", type=int, default=300, help="of the panel")
+    parser.add_argument("--genes", type=int, default=100, help="of the panel")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--trained", choices=("authors", "head"), default="authors")
     parser.add_argument("--epochs", type=int, default=100)
@@ -196,7 +198,7 @@ def main() -> None:
     arguments = parser.parse_args()
     deadline = time.monotonic() + 60 * arguments.minutes
     torch.set_num_threads(2)
-    cells = read_cells(arguments.data, arguments.label, arguments.genes)
+    cells = read_cells(arguments.data, arguments.label, arguments.leave_out, arguments.genes)
     panel = ScbertPanel([str(gene) for gene in cells.data.var_names])
     config = ScbertConfig(num_genes=len(panel), num_layers=arguments.layers)
     model = Scbert.from_config(config, panel, seed=arguments.seed)
@@ -205,7 +207,8 @@ def main() -> None:
     freeze(model, arguments.trained)
     num_blocks = arguments.layers - 2 if arguments.trained == "authors" else arguments.layers
     start = time.monotonic()
-    states = frozen_states(model, cells, num_blocks)
+    states = frozen_states(model.set_compute_dtype("auto"), cells, num_blocks)
+    model.set_compute_dtype("float32")
     print(
         f"{cells.data.n_obs:,} cells of {len(panel):,} genes, {len(cells.train):,} to train on; states behind "
         f"{num_blocks} frozen blocks: {states.nbytes / 2**20:,.0f} MiB in {time.monotonic() - start:.0f} s",
