@@ -236,3 +236,15 @@ def test_training_reaches_every_weight(packed) -> None:
     without = {name for name, weight in model.named_parameters() if weight.grad is None}
     assert without == {"token_emb.emb_mask.weight", "token_emb.emb_pad.weight"}
     assert int(model.decoder.performer.calls_since_last_redraw) == 2
+
+
+def test_a_folder_of_shards_is_as_wide_as_the_pooling(model, tmp_path) -> None:
+    from scfm.embed.run import embed_to_folder
+    from scfm.embed.store import EmbeddingStore
+
+    adata = counts(7)
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    summary = embed_to_folder([tmp_path / "cells.h5ad"], model, tmp_path / "out", shard_size=3)
+    assert summary.complete and summary.hidden_size == 128
+    store = EmbeddingStore(tmp_path / "out")
+    np.testing.assert_array_equal(store.read(), model.embed(adata))
