@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import scfm
 from models import scgpt_cells
+from models.human_sets import HUMAN_SETS
 from models.scgpt_goldens import load
 from scfm.cli.main import app
 from scfm.embed.model_identity import model_identity
@@ -20,19 +21,6 @@ from scfm.errors import BadCellError, InvalidArgumentError
 from scfm.models.scgpt.config import ScgptConfig
 from scfm.models.scgpt.model import Scgpt
 from scfm.tokenize.scgpt_vocab import ScgptVocab
-
-HUMAN_SETS = [
-    "celllines_sc_mixology_5batches.h5ad",
-    "citeseq_ctcl_500.h5ad",
-    "pancreas_human_mouse_baron350.h5ad",
-    "pbmc3k_labeled.h5ad",
-    "pbmc_ifnb_stim_ctrl.h5ad",
-    "pbmc_multichem.h5ad",
-    "perturb_norman_mcfaline_500hvg.h5ad",
-    "perturb_papalexi_thp1_299genes.h5ad",
-    "spatial_her2st_4sections.h5ad",
-    "spatial_pdac_428spots.h5ad",
-]
 
 
 @pytest.fixture
