@@ -1,5 +1,6 @@
 """What people do with models, scanpy style: ``scfm.tl.<task>(adata, model)`` writes into the AnnData."""
 
+from scfm.tasks.annotate import annotate
 from scfm.tasks.attention import attention
 from scfm.tasks.embed import embed
 from scfm.tasks.generate import generate
@@ -10,6 +11,7 @@ from scfm.tasks.mapping_report import mapping_report
 from scfm.tasks.state_embeddings import state_embeddings
 
 __all__ = [
+    "annotate",
     "attention",
     "embed",
     "generate",
