@@ -1,56 +1,106 @@
-"""The settings of a pretraining run: one dataclass, read from TOML, changed by ``key=value``, checked at once.
+"""The settings of a pretraining run: one flat dataclass, read from TOML, changed by ``key=value``, checked at once.
 
 Every unknown key is named together with the nearest known one, and every value is checked before any data is
-read: a run of hours must not die of a typing error at its end.
+read: a run of days must not die of a typing error at its end. The rules themselves are in config_checks.py.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
-from scfm.errors import ConfigError, InvalidArgumentError, MissingFileError
-from scfm.models.geneformer.config import GeneformerConfig
-from scfm.models.nn.precision import resolve_device
+from scfm.errors import ConfigError, MissingFileError
+from scfm.train.config_checks import (
+    SHAPE,
+    check_settings,
+    check_shape,
+    family_fields,
+    released_shape,
+    unknown_settings,
+)
 
-_SHAPE = ("num_layers", "hidden_size", "num_heads", "ffn_size", "max_tokens")
-_DEFAULT_PRESET = "V1-10M"
+__all__ = ["PretrainConfig", "parse_overrides"]
+
+# What may differ when a run is resumed: none of these changes what a step computes from which cells. (Whether the
+# data are the same is not for the settings to say: the corpus has a fingerprint.)
+_FREE_TO_CHANGE = {
+    "data",
+    "data_folder",
+    "out",
+    "device",
+    "parallel",
+    "shard_size",
+    "activation_checkpointing",
+}
+_FREE_TO_CHANGE |= {"compile", "timeout_seconds", "max_minutes", "max_bad_steps", "evaluate_every", "probe"}
+_FREE_TO_CHANGE |= {"held_out_cells", "checkpoint_every", "keep_last", "keep_every", "resume", "allow_change"}
+_FREE_TO_CHANGE |= {"tensorboard"}
 
 
 @dataclass
 class PretrainConfig:
-    """One pretraining run of a Geneformer.
+    """One pretraining run.
 
-    data: files or AnnData objects with raw counts; out: folder for the model, metrics and settings.
-    preset: one of the released shapes; num_layers .. max_tokens take its values unless given.
-    special_tokens: <cls> and <eos> around each cell (V2) or not (V1). dictionaries: take tokens and medians
-    from there instead of from the corpus.
-    mask_ratio, batch_cells, learning_rate, weight_decay, warmup_ratio, schedule ("linear" | "cosine"),
-    clip_norm: as usual. The run ends at num_epochs, max_steps or max_minutes, whichever comes first; the
-    learning rate reaches zero there. held_out_fraction: cells kept out for evaluation, chosen by
-    (seed, cell). dropout: on hidden states (attention probabilities are not dropped).
+    Data. data: files, AnnData objects or tables {path, layer, keep, held_out} with raw counts; ``keep`` and
+    ``held_out`` map a column of obs to the values whose cells are used at all, or kept for evaluation. data_folder:
+    where relative paths start. layer, species: of all of them. held_out_fraction: cells kept for evaluation, chosen
+    by (seed, cell).
+    dictionaries (Geneformer), genes (scGPT's vocab.json, or the gene order of scBERT and scFoundation): the vocabulary;
+    made from the training cells where not given. special_tokens: Geneformer's <cls> and <eos> around each cell.
+
+    Model. family, preset: "geneformer" with one of its released shapes, or "scgpt", "scbert", "scfoundation" with their
+    released defaults; num_layers .. max_tokens and dropout replace single values, ``model`` any other field of the
+    family's configuration. dropout: on hidden states (attention probabilities are not dropped). objective: settings of
+    the family's objective, such as {"mask_ratio": 0.15}.
+
+    Steps. A microbatch holds at most token_budget tokens of whole cells; a step adds up microbatches_per_step of them,
+    shared out evenly between the ranks. shuffle_block, shuffle_window: consecutive cells read together, and cells
+    shuffled together. The run ends after num_epochs or max_steps, whichever comes first; max_minutes stops it earlier,
+    at a step's end, to be resumed. The learning rate rises over the first warmup_ratio of all tokens, then falls by
+    schedule: "linear" and "cosine" to zero at the end, "constant" not at all.
+
+    Machine. precision: of matrix products; parallel: "ddp", "fsdp" or "hsdp" (shard_size ranks share one copy);
+    activation_checkpointing: recompute every k-th block (0: none); compile: torch.compile; timeout_seconds: how long
+    ranks wait for each other.
+
+    Safety. checkpoint_every steps, the keep_last newest and every keep_every-th step are kept; resume: continue the run
+    found in ``out``; allow_change: settings that may differ from it. A step whose loss or gradient is not finite on any
+    rank is applied on none, and max_bad_steps of them in a row end the run.
+
+    Watching. evaluate_every steps: the objective on at most held_out_cells held-out cells beside its baselines, and for
+    each of ``probe`` (tables {path, label, layer, keep}) how well labels are found in the cell embedding. tensorboard:
+    write its files as well.
+
+    Raises ConfigError naming the setting, what was found and what is possible.
     """
 
     data: list[Any] = field(default_factory=list)
+    data_folder: str | Path | None = None
     out: str | Path = "scfm-pretrained"
-    preset: str = _DEFAULT_PRESET
-    num_layers: int = None  # type: ignore[assignment]  # filled from the preset when not given
-    hidden_size: int = None  # type: ignore[assignment]
-    num_heads: int = None  # type: ignore[assignment]
-    ffn_size: int = None  # type: ignore[assignment]
-    max_tokens: int = None  # type: ignore[assignment]
+    family: str = "geneformer"
+    preset: str | None = None
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    num_heads: int | None = None
+    ffn_size: int | None = None
+    max_tokens: int | None = None
+    dropout: float | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+    objective: dict[str, Any] = field(default_factory=dict)
     special_tokens: bool = True
     dictionaries: str | Path | None = None
+    genes: str | Path | None = None
     layer: str | None = None
     species: str = "human"
-    mask_ratio: float = 0.15
-    batch_cells: int = 16
+    held_out_fraction: float = 0.0
+    token_budget: int = 8192
+    microbatches_per_step: int = 4
+    shuffle_block: int = 64
+    shuffle_window: int = 4096
     learning_rate: float = 1e-3
     weight_decay: float = 1e-3
     warmup_ratio: float = 0.05
@@ -59,35 +109,48 @@ class PretrainConfig:
     num_epochs: int = 3
     max_steps: int | None = None
     max_minutes: float | None = None
-    held_out_fraction: float = 0.0
-    evaluate_every: int | None = None
-    dropout: float = 0.02
     seed: int = 0
     device: str = "auto"
+    precision: str = "auto"
+    parallel: str = "ddp"
+    shard_size: int | None = None
+    activation_checkpointing: int = 0
+    compile: bool = False
+    timeout_seconds: float = 600.0
+    evaluate_every: int | None = None
+    held_out_cells: int = 2000
+    probe: list[dict[str, Any]] = field(default_factory=list)
+    checkpoint_every: int | None = 1000
+    keep_last: int = 2
+    keep_every: int | None = None
+    resume: bool = True
+    allow_change: list[str] = field(default_factory=list)
+    max_bad_steps: int = 3
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.preset, str):
-            raise ConfigError(f"{self.preset!r}; expected a name such as 'V1-10M'", where="preset")
-        shape = GeneformerConfig.preset(self.preset)
-        for name in _SHAPE:
-            if getattr(self, name) is None:
-                setattr(self, name, getattr(shape, name))
         given: Any = self.data
         self.data = list(given) if isinstance(given, list | tuple) else [given]
-        self._check()
+        if self.family == "geneformer" and self.preset is None:
+            self.preset = "V1-10M"
+        check_settings(self)
+        for name, value in released_shape(self.family, self.preset).items():
+            if getattr(self, name) is None:
+                setattr(self, name, self.model.get(name, value))
+        check_shape(self)
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any], *, path: str | Path | None = None) -> PretrainConfig:
         """From a plain mapping; every unknown key is named in one ConfigError."""
-        known = [f.name for f in fields(cls)]
-        unknown = [key for key in settings if key not in known]
+        unknown = unknown_settings(settings, [f.name for f in fields(cls)])
         if unknown:
-            advice = [
-                f"{key!r}" + "".join(f" (did you mean {near!r}?)" for near in _nearest(key, known))
-                for key in unknown
-            ]
-            raise ConfigError(f"unknown settings: {', '.join(advice)}", path=path)
-        return cls(**settings)
+            raise ConfigError(f"unknown settings: {unknown}", path=path)
+        try:
+            return cls(**settings)
+        except ConfigError as error:
+            if path is None or error.path is not None:
+                raise
+            raise ConfigError(error.message, path=path, where=error.where, hint=error.hint) from error
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> PretrainConfig:
@@ -99,90 +162,68 @@ class PretrainConfig:
             settings = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"not valid TOML: {error}", path=path) from error
-        return cls.from_mapping({**settings, **parse_overrides(overrides)}, path=path)
+        return cls.from_mapping(_overridden(settings, parse_overrides(overrides)), path=path)
+
+    def model_fields(self) -> dict[str, Any]:
+        """Fields of the family's configuration that were given, by the names they have there."""
+        known = family_fields(self.family)
+        named = {name: getattr(self, name) for name in SHAPE if getattr(self, name) is not None}
+        if self.dropout is not None:
+            named["hidden_dropout" if "hidden_dropout" in known else "dropout"] = self.dropout
+        return {**{name: value for name, value in named.items() if name in known}, **self.model}
+
+    def identity(self) -> dict[str, Any]:
+        """What makes it this run and no other: what a resumed run must not change without being told."""
+        return {name: value for name, value in self.to_dict().items() if name not in _FREE_TO_CHANGE}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain settings; data held in memory is named, not stored."""
-        plain = asdict(self) if all(isinstance(item, str | Path) for item in self.data) else vars(self).copy()
-        plain["data"] = [str(d) if isinstance(d, str | Path) else type(d).__name__ for d in self.data]
-        plain["out"] = str(self.out)
-        plain["dictionaries"] = None if self.dictionaries is None else str(self.dictionaries)
+        plain = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        plain["data"] = [
+            _plain(d) if isinstance(d, str | Path | Mapping) else type(d).__name__ for d in self.data
+        ]
         return plain
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
 
-    def _check(self) -> None:
-        for name, most in _WHOLE.items():
-            _expect_whole(name, getattr(self, name), 0 if name == "seed" else 1, most)
-        for name, below in _FRACTIONS.items():
-            value = getattr(self, name)
-            if not _is_number(value) or not 0 <= value < below:
-                raise ConfigError(f"{value!r}; expected a number from 0 to below {below}", where=name)
-        for name in ("mask_ratio", "learning_rate", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{getattr(self, name)!r}; expected more than 0", where=name)
-        for name in ("max_steps", "evaluate_every"):
-            if getattr(self, name) is not None:
-                _expect_whole(name, getattr(self, name), 1, 10**12)
-        if self.max_minutes is not None and not (_is_number(self.max_minutes) and self.max_minutes > 0):
-            raise ConfigError(f"{self.max_minutes!r}; expected a positive number", where="max_minutes")
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{getattr(self, name)!r}; expected one of {allowed}", where=name)
-        for name, kinds in _KINDS.items():
-            if not isinstance(getattr(self, name), kinds):
-                raise ConfigError(
-                    f"{getattr(self, name)!r} is a {type(getattr(self, name)).__name__}", where=name
-                )
-        if self.hidden_size % self.num_heads:
-            raise ConfigError(
-                f"{self.hidden_size} is not a multiple of num_heads = {self.num_heads}", where="hidden_size"
-            )
-        if Path(self.out).exists() and not Path(self.out).is_dir():
-            raise ConfigError("is a file; expected a folder to write to", path=self.out, where="out")
-        try:
-            resolve_device(self.device)
-        except InvalidArgumentError as error:
-            raise ConfigError(error.message, where="device") from error
-
-
-_WHOLE = {"num_layers": 200, "hidden_size": 16384, "num_heads": 512, "ffn_size": 65536}
-_WHOLE |= {"max_tokens": 1_000_000, "batch_cells": 1_000_000, "num_epochs": 1_000_000, "seed": 2**63 - 1}
-_FRACTIONS: dict[str, float] = {"mask_ratio": 1, "held_out_fraction": 1, "dropout": 1, "warmup_ratio": 1}
-_FRACTIONS |= {"learning_rate": 10, "weight_decay": 10, "clip_norm": 1e9}
-_CHOICES = {"schedule": ("linear", "cosine"), "species": ("human", "mouse"), "special_tokens": (True, False)}
-_KINDS: dict[str, Any] = {
-    "out": (str, Path),
-    "layer": (str, NoneType),
-    "dictionaries": (str, Path, NoneType),
-    "device": str,
-    "special_tokens": bool,
-}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _expect_whole(name: str, value: Any, least: int, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ConfigError(f"{value!r}; expected a whole number from {least} to {most}", where=name)
-
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """``["learning_rate=3e-3", "data=['a.h5ad']"]`` to a mapping; a value that is no TOML is text."""
+    """``["learning_rate=3e-3", "data=['a.h5ad']", "objective.mask_ratio=0.3"]`` to a mapping.
+
+    A value that is no TOML is text; a dotted key goes into the table of that name.
+    """
     settings: dict[str, Any] = {}
     for override in overrides:
         key, equals, value = override.partition("=")
-        if not equals or not key.strip().isidentifier():
-            raise ConfigError(f"{override!r}; expected key=value", where="override")
+        table, dot, name = key.strip().rpartition(".")
+        if not equals or not name.isidentifier() or (dot and not table.isidentifier()):
+            raise ConfigError(f"{override!r}; expected key=value or table.key=value", where="override")
         try:
-            settings[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+            found = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
-            settings[key.strip()] = value
+            found = value
+        place = settings.setdefault(table, {}) if dot else settings
+        if not isinstance(place, dict):
+            raise ConfigError(f"{override!r}; {table!r} is already given as {place!r:.60}", where="override")
+        place[name] = found
     return settings
 
 
-def _nearest(key: str, known: Sequence[str]) -> list[str]:
-    return difflib.get_close_matches(key, known, n=1)
+def _overridden(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the changes; tables are changed key by key, as ``model.num_bins=51`` means it."""
+    merged = dict(settings)
+    for name, value in changes.items():
+        old = merged.get(name)
+        merged[name] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
