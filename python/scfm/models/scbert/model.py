@@ -198,9 +198,13 @@ class Scbert(FoundationModel):
         return self.performer.run(states, inputs.cu_seqlens, num_layers=num_layers)[-1]
 
     def _skips_zero_genes(self) -> bool:
+        """Where that pays: in bfloat16 the native kernel does the whole layer in less time than the sums take."""
         shape = self.performer.shape
-        is_long = self.config.num_positions >= _LONG_PANEL
-        return is_long and shape.attention == "favor" and not shape.reversible and self.device.type == "cpu"
+        if self.device.type != "cpu" or self.compute_dtype == torch.bfloat16:
+            return False
+        return (
+            self.config.num_positions >= _LONG_PANEL and shape.attention == "favor" and not shape.reversible
+        )
 
     def _first_block(self, bins: Tensor) -> Tensor | None:
         """The states after block 0 from the genes that are not 0; None where that is not worth it."""
