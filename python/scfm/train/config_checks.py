@@ -20,6 +20,7 @@ from scfm.models.nn.precision import resolve_device
 from scfm.models.scbert.config import ScbertConfig
 from scfm.models.scfoundation.config import ScfoundationConfig
 from scfm.models.scgpt.config import ScgptConfig
+from scfm.train.objective_settings import objective_settings
 
 if TYPE_CHECKING:
     from scfm.train.config import PretrainConfig
@@ -113,6 +114,7 @@ def check_settings(config: PretrainConfig) -> None:
     for name, bounds in _NUMBERS.items():
         _expect_number(name, getattr(config, name), *bounds)
     _check_model(config)
+    objective_settings(config.family, config.objective)
     _check_tables(config)
     _check_machine(config)
     if Path(config.out).exists() and not Path(config.out).is_dir():

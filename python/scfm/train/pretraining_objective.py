@@ -1,0 +1,79 @@
+"""What the training loop knows of a family: cells to a prepared microbatch, a microbatch to sums of losses.
+
+The loss of a step is
+
+    sum over terms of  weight * (sum over all microbatches of all ranks of losses()) / (the same sum of counts)
+
+so it never depends on how cells were packed or on how many ranks there are. Preparation runs on CPU beside the
+training, and draws by (seed, epoch, cell) only; losses() runs inside the forward of whatever wraps the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from scfm.data.packed import PackedCells
+from scfm.errors import ConfigError
+from scfm.models.base import FoundationModel
+from scfm.models.geneformer.config import GeneformerConfig
+from scfm.models.geneformer.model import Geneformer
+from scfm.tokenize.dictionaries import GeneformerDictionaries
+from scfm.train.config import PretrainConfig
+from scfm.train.geneformer_pretraining import GeneformerPretraining
+from scfm.train.objective_settings import GeneformerSettings, objective_settings
+from scfm.train.prepared import Prepared
+
+__all__ = ["Prepared", "PretrainingObjective", "make_objective", "new_model"]
+
+
+class PretrainingObjective(Protocol):
+    """model: unwrapped; weights: of the terms that count at the step that ``at_step`` was last told."""
+
+    model: Any
+    family: str
+    weights: dict[str, float]
+
+    def lengths_of(self, packed: PackedCells) -> Tensor:
+        """Positions that are computed for each cell, int64 (C,): what a microbatch's token budget counts."""
+        ...
+
+    def prepare(self, packed: PackedCells, *, epoch: int) -> Prepared:
+        """Masks and targets of these cells, on CPU; depends on (seed, epoch, cell) only. Any thread may call it."""
+        ...
+
+    def losses(self, prepared: Prepared) -> dict[str, Tensor]:
+        """Each term's sum over its ``prepared.counts`` units, 0-dim with gradient; only terms in ``weights``."""
+        ...
+
+    def at_step(self, step: int) -> dict[str, float]:
+        """Weights of the terms at this optimiser step, counted from 0; call it before the step's losses."""
+        ...
+
+
+class HasTokenizer(Protocol):
+    """A corpus, of which a new model needs the vocabulary."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+
+def make_objective(config: PretrainConfig, model: FoundationModel) -> PretrainingObjective:
+    """The family's objective with ``config.objective``. Raises ConfigError naming the setting."""
+    settings = objective_settings(config.family, config.objective)
+    if isinstance(model, Geneformer) and isinstance(settings, GeneformerSettings):
+        return GeneformerPretraining(model, settings, seed=config.seed)
+    raise ConfigError(f"{config.family!r}; the model is a {type(model).__name__}", where="family")
+
+
+def new_model(config: PretrainConfig, corpus: HasTokenizer) -> FoundationModel:
+    """Fresh weights, keyed by the seed, for the corpus's vocabulary. Raises ConfigError naming the setting."""
+    vocab = corpus.tokenizer.vocab
+    assert config.family == "geneformer" and isinstance(vocab, GeneformerDictionaries)
+    assert config.preset is not None
+    shape = GeneformerConfig.preset(config.preset, vocab_size=max(vocab.token.values()) + 1)
+    # Attention probabilities are not dropped in training, so the model says so.
+    shape = replace(shape, **{"attention_dropout": 0.0, **config.model_fields()})
+    return Geneformer.from_config(shape, vocab, seed=config.seed)
