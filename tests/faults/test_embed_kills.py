@@ -16,8 +16,8 @@ import pytest
 import scipy.sparse as sp
 from embed_server import Children
 
+from scfm.data.crash_points import EMBED_POINTS
 from scfm.embed.claim import LeaseWatcher, lease_path
-from scfm.embed.crash_points import CRASH_POINTS
 from scfm.embed.plan import read_plan
 from scfm.embed.verify import verify_store
 from scfm.models.geneformer.config import GeneformerConfig
@@ -78,7 +78,7 @@ def expect_whole(out: Path, undisturbed: dict[str, bytes]) -> None:
     assert report.ok and not report.leftovers and not report.unknown, report
 
 
-@pytest.mark.parametrize("point", CRASH_POINTS)
+@pytest.mark.parametrize("point", EMBED_POINTS)
 def test_killed_at_every_point(children, data, undisturbed, tmp_path, point: str) -> None:
     out = tmp_path / "out"
     code, _ = children.run(data, out, layer=0, env={"SCFM_CRASH_AT": f"{point}:3"}, **SHARD)

@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from scfm.data.atomic_file import TEMPORARY_SUFFIX, create_once, flush, storage_errors
+from scfm.data.checksum import file_crc32
+from scfm.data.crash_points import crash_point
 from scfm.data.process_name import is_dead
-from scfm.embed.crash_points import crash_point
-from scfm.embed.manifest import Manifest, file_crc32
+from scfm.embed.manifest import Manifest
 from scfm.embed.plan import Plan, Shard
 
 __all__ = ["clear_leftovers", "commit_shard", "npy_header", "set_aside"]

@@ -18,9 +18,7 @@ from scfm.data.safe_pickle import load_json
 from scfm.embed.plan import Plan, Shard
 from scfm.errors import IntegrityError, ScfmError
 
-__all__ = ["Manifest", "file_crc32", "read_manifest", "sound_manifest"]
-
-_PIECE = 8 << 20
+__all__ = ["Manifest", "read_manifest", "sound_manifest"]
 
 
 @dataclass(frozen=True)
@@ -87,15 +85,6 @@ def sound_manifest(folder: Path, shard: Shard, plan: Plan) -> Manifest | None:
         found = "is missing" if size < 0 else f"has {size:,} bytes, {manifest.num_bytes:,} were written"
         raise IntegrityError(found, path=array, hint="Resume with --verify to compute it again.")
     return manifest
-
-
-def file_crc32(path: Path) -> int:
-    """zlib's CRC-32 of the whole file, read in pieces."""
-    crc = 0
-    with path.open("rb", buffering=0) as file:
-        while piece := file.read(_PIECE):
-            crc = zlib.crc32(piece, crc)
-    return crc
 
 
 def _own_crc32(content: dict[str, Any]) -> int:

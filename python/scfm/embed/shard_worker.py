@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 import scfm
+from scfm.data.crash_points import crash_point
 from scfm.data.process_name import host_name
 from scfm.data.source import CellSource
 from scfm.embed.claim import Lease, LeaseWatcher
 from scfm.embed.commit import commit_shard, set_aside
-from scfm.embed.crash_points import crash_point
 from scfm.embed.fingerprint import Stamp, check_unchanged
 from scfm.embed.manifest import Manifest, sound_manifest
 from scfm.embed.plan import Plan, Shard

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from scfm.data.atomic_file import TEMPORARY_SUFFIX
+from scfm.data.checksum import file_crc32
 from scfm.embed.commit import ASIDE
-from scfm.embed.manifest import Manifest, file_crc32, sound_manifest
+from scfm.embed.manifest import Manifest, sound_manifest
 from scfm.embed.plan import PLAN_NAME, Plan, Shard, read_plan
 from scfm.errors import IntegrityError, ScfmError
 

@@ -16,7 +16,7 @@ from typing import Any
 from scfm.data.safe_pickle import parse_json, refuse_stand_in
 from scfm.errors import FormatError
 
-__all__ = ["TensorEntry", "read_header"]
+__all__ = ["TensorEntry", "read_header", "read_header_and_metadata"]
 
 MAX_HEADER_BYTES = 100_000_000
 _DTYPE_BYTES = {
@@ -39,7 +39,22 @@ class TensorEntry:
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of a safetensors file by name. Raises FormatError saying what is wrong and where."""
+    return read_header_and_metadata(path)[0]
+
+
+def read_header_and_metadata(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """The tensors by name, and the free text that the file carries beside them. Raises FormatError."""
     size = path.stat().st_size
+    text = _header_text(path, size)
+    header = parse_json(text, path)
+    metadata = header.pop("__metadata__", {})
+    _check_metadata(metadata, path)
+    entries = {name: _entry(name, item, path) for name, item in header.items()}
+    _check_layout(entries, size - 8 - len(text), path)
+    return entries, metadata
+
+
+def _header_text(path: Path, size: int) -> bytes:
     with path.open("rb") as file:
         head = file.read(512)
         refuse_stand_in(head, path)
@@ -58,11 +73,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         text = file.read(length)
     if not text.startswith(b"{"):
         raise FormatError("not a safetensors file: its header is not JSON", path=path)
-    header = parse_json(text, path)
-    _check_metadata(header.pop("__metadata__", {}), path)
-    entries = {name: _entry(name, item, path) for name, item in header.items()}
-    _check_layout(entries, size - 8 - length, path)
-    return entries
+    return text
 
 
 def _check_metadata(metadata: Any, path: Path) -> None:

@@ -10,15 +10,28 @@ import os
 import signal
 from collections import Counter
 
-__all__ = ["CRASH_POINTS", "crash_point"]
+__all__ = ["CHECKPOINT_POINTS", "EMBED_POINTS", "crash_point"]
 
-CRASH_POINTS = (
+# In the order in which a shard of embeddings reaches them, and a checkpoint.
+EMBED_POINTS = (
     "after_embed",
     "after_write",
     "before_link",
     "after_link",
     "before_manifest",
     "after_manifest",
+)
+CHECKPOINT_POINTS = (
+    "checkpoint_begun",
+    "after_write",
+    "before_link",
+    "after_link",
+    "shard_written",
+    "before_manifest",
+    "before_committed",
+    "before_rename",
+    "after_rename",
+    "before_delete",
 )
 _reached: Counter[str] = Counter()
 
