@@ -9,11 +9,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from scfm.errors import ConfigError
 
-__all__ = ["GeneformerSettings", "ObjectiveSettings", "objective_settings"]
+__all__ = ["GeneformerSettings", "ObjectiveSettings", "ScgptSettings", "objective_settings"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,91 @@ class GeneformerSettings:
         _expect_number("mask_ratio", self.mask_ratio, 0.0, 1.0)
 
 
-ObjectiveSettings = GeneformerSettings
-_OF_FAMILY: dict[str, type[ObjectiveSettings]] = {"geneformer": GeneformerSettings}
+@dataclass(frozen=True)
+class ScgptSettings:
+    """kind: "generative" or "masked", see scgpt_pretraining.py. mask_ratio: share of a cell's genes that must be found
+    out; for "generative" several, of which each cell draws one. None: 0.25, 0.5 and 0.75, and 0.4 where "masked".
+
+    expression .. dab: weights of the parts, 0 leaving one out. second_pass_after: optimiser steps without it.
+    Of "masked" alone: views: the contrast's, "dropout", "random" or "disjoint" genes; view_share: of the genes in each
+    "random" one; temperature: of the contrast; batch: the column of obs that tells a cell's batch, for dab.
+    """
+
+    kind: str = "generative"
+    mask_ratio: float | list[float] | None = None
+    expression: float = 1.0
+    mvc: float = 1.0
+    second_pass: float = 1.0
+    second_pass_after: int = 1000
+    expressed: float = 1.0
+    mvc_expressed: float = 1.0
+    ecs: float = 0.0
+    cce: float = 0.0
+    dab: float = 0.0
+    views: Literal["dropout", "random", "disjoint"] = "dropout"
+    view_share: float = 0.5
+    temperature: float = 0.5
+    batch: str | None = None
+
+    def __post_init__(self) -> None:
+        _expect_choice("kind", self.kind, ("generative", "masked"))
+        _expect_choice("views", self.views, ("dropout", "random", "disjoint"))
+        for name in ("expression", "mvc", "second_pass", "expressed", "mvc_expressed", "ecs", "cce", "dab"):
+            _expect_number(name, getattr(self, name), 0.0, 1e6, or_low=True)
+        for ratio in self.mask_ratio if isinstance(self.mask_ratio, list) else [self.mask_ratio]:
+            if ratio is not None:
+                _expect_number("mask_ratio", ratio, 0.0, 0.999, or_low=self.kind == "masked")
+        if isinstance(self.mask_ratio, list) and (self.kind == "masked" or not self.mask_ratio):
+            raise ConfigError(f"{self.mask_ratio!r}; expected one number", where="objective.mask_ratio")
+        _expect_number("view_share", self.view_share, 0.0, 1.0)
+        _expect_number("temperature", self.temperature, 0.0, 100.0)
+        if type(self.second_pass_after) is not int or self.second_pass_after < 0:
+            raise ConfigError(
+                f"{self.second_pass_after!r:.60}; expected a whole number",
+                where="objective.second_pass_after",
+            )
+        if self.batch is not None and not isinstance(self.batch, str):
+            raise ConfigError(f"{self.batch!r:.60}; expected a column of obs", where="objective.batch")
+        if self.dab and self.batch is None:
+            raise ConfigError(
+                "dab needs the column of obs that tells a cell's batch", where="objective.batch"
+            )
+        only = _GENERATIVE_ONLY if self.kind == "masked" else _MASKED_ONLY
+        for field in fields(self):
+            if field.name in only and getattr(self, field.name) != field.default:
+                raise ConfigError(
+                    f"has no meaning where kind is {self.kind!r}", where=f"objective.{field.name}"
+                )
+        if not any(getattr(self, name) for name in ("expression", "mvc", "ecs", "cce", "dab")):
+            raise ConfigError("every part has weight 0", where="objective")
+
+    def known_ratios(self) -> float | list[float]:
+        """Shares of the genes that are unknown in generation."""
+        return [0.25, 0.5, 0.75] if self.mask_ratio is None else self.mask_ratio
+
+    def hidden_ratio(self) -> float:
+        """The share of the values that is hidden."""
+        assert not isinstance(self.mask_ratio, list)
+        return 0.4 if self.mask_ratio is None else self.mask_ratio
+
+
+_GENERATIVE_ONLY = ("second_pass", "second_pass_after")
+_MASKED_ONLY = (
+    "expressed",
+    "mvc_expressed",
+    "ecs",
+    "cce",
+    "dab",
+    "views",
+    "view_share",
+    "temperature",
+    "batch",
+)
+ObjectiveSettings = GeneformerSettings | ScgptSettings
+_OF_FAMILY: dict[str, type[GeneformerSettings] | type[ScgptSettings]] = {
+    "geneformer": GeneformerSettings,
+    "scgpt": ScgptSettings,
+}
 
 
 def objective_settings(family: str, given: Mapping[str, Any]) -> ObjectiveSettings:
@@ -49,9 +132,16 @@ def objective_settings(family: str, given: Mapping[str, Any]) -> ObjectiveSettin
     return settings(**given)
 
 
-def _expect_number(name: str, found: Any, low: float, high: float) -> None:
-    """Above ``low`` and at most ``high``."""
-    if isinstance(found, bool) or not isinstance(found, int | float) or not low < found <= high:
+def _expect_number(name: str, found: Any, low: float, high: float, *, or_low: bool = False) -> None:
+    """Above ``low`` (or equal to it) and at most ``high``."""
+    number = isinstance(found, int | float) and not isinstance(found, bool)
+    if not number or not low <= found <= high or (found == low and not or_low):
+        bound = f"from {low:g}" if or_low else f"above {low:g}"
         raise ConfigError(
-            f"{found!r:.60}; expected a number above {low:g}, at most {high:g}", where=f"objective.{name}"
+            f"{found!r:.60}; expected a number {bound}, at most {high:g}", where=f"objective.{name}"
         )
+
+
+def _expect_choice(name: str, found: Any, allowed: tuple[str, ...]) -> None:
+    if found not in allowed:
+        raise ConfigError(f"{found!r:.60}; expected one of {allowed}", where=f"objective.{name}")

@@ -10,21 +10,22 @@ training, and draws by (seed, epoch, cell) only; losses() runs inside the forwar
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from scfm.data.packed import PackedCells
 from scfm.errors import ConfigError
 from scfm.models.base import FoundationModel
-from scfm.models.geneformer.config import GeneformerConfig
 from scfm.models.geneformer.model import Geneformer
-from scfm.tokenize.dictionaries import GeneformerDictionaries
+from scfm.models.scgpt.model import Scgpt
 from scfm.train.config import PretrainConfig
 from scfm.train.geneformer_pretraining import GeneformerPretraining
-from scfm.train.objective_settings import GeneformerSettings, objective_settings
+from scfm.train.new_model import new_model
+from scfm.train.objective_settings import GeneformerSettings, ScgptSettings, objective_settings
 from scfm.train.prepared import Prepared
+from scfm.train.scgpt_pretraining import ScgptGenerative, ScgptMasked
 
 __all__ = ["Prepared", "PretrainingObjective", "make_objective", "new_model"]
 
@@ -53,27 +54,18 @@ class PretrainingObjective(Protocol):
         ...
 
 
-class HasTokenizer(Protocol):
-    """A corpus, of which a new model needs the vocabulary."""
+def make_objective(
+    config: PretrainConfig, model: FoundationModel, *, batch_labels: np.ndarray | None = None
+) -> PretrainingObjective:
+    """The family's objective with ``config.objective``. Raises ConfigError naming the setting.
 
-    @property
-    def tokenizer(self) -> Any: ...
-
-
-def make_objective(config: PretrainConfig, model: FoundationModel) -> PretrainingObjective:
-    """The family's objective with ``config.objective``. Raises ConfigError naming the setting."""
+    batch_labels: int64 (cells of the corpus,), each cell's batch, where ``objective.batch`` names a column.
+    """
     settings = objective_settings(config.family, config.objective)
     if isinstance(model, Geneformer) and isinstance(settings, GeneformerSettings):
         return GeneformerPretraining(model, settings, seed=config.seed)
+    if isinstance(model, Scgpt) and isinstance(settings, ScgptSettings):
+        if settings.kind == "generative":
+            return ScgptGenerative(model, settings, seed=config.seed)
+        return ScgptMasked(model, settings, seed=config.seed, batch_labels=batch_labels)
     raise ConfigError(f"{config.family!r}; the model is a {type(model).__name__}", where="family")
-
-
-def new_model(config: PretrainConfig, corpus: HasTokenizer) -> FoundationModel:
-    """Fresh weights, keyed by the seed, for the corpus's vocabulary. Raises ConfigError naming the setting."""
-    vocab = corpus.tokenizer.vocab
-    assert config.family == "geneformer" and isinstance(vocab, GeneformerDictionaries)
-    assert config.preset is not None
-    shape = GeneformerConfig.preset(config.preset, vocab_size=max(vocab.token.values()) + 1)
-    # Attention probabilities are not dropped in training, so the model says so.
-    shape = replace(shape, **{"attention_dropout": 0.0, **config.model_fields()})
-    return Geneformer.from_config(shape, vocab, seed=config.seed)

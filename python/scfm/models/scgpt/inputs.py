@@ -6,7 +6,7 @@ are no categories, batch labels outside theirs, cells without a token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,21 @@ class Inputs:
             return None
         position = torch.arange(len(self.token_ids), device=self.token_ids.device)
         return position >= (self.first_rows + self.num_known)[self.cell_of_token]
+
+    def at(self, rows: Tensor) -> Inputs:
+        """What belongs to some tokens, int64 (M,), as if they were all; cells and offsets stay those of the pack."""
+
+        def of_tokens(found: Tensor | None) -> Tensor | None:
+            return None if found is None else found.index_select(0, rows)
+
+        return replace(
+            self,
+            token_ids=self.token_ids.index_select(0, rows),
+            values=of_tokens(self.values),
+            cell_of_token=self.cell_of_token.index_select(0, rows),
+            modalities=of_tokens(self.modalities),
+            pert_flags=of_tokens(self.pert_flags),
+        )
 
 
 def checked_inputs(

@@ -157,16 +157,17 @@ class ScgptNetwork(nn.Module):
         decoded: Expression = self.decoder(hidden if context is None else torch.cat([hidden, context], dim=1))
         return decoded
 
-    def decode_from_cells(self, cells: Tensor, inputs: Inputs) -> Expression:
-        """Expression of each token's gene from its cell's embedding (C, hidden_size)."""
+    def decode_from_cells(self, cells: Tensor, inputs: Inputs, rows: Tensor | None = None) -> Expression:
+        """Expression of each token's gene from its cell's embedding (C, hidden_size); rows: of some tokens only."""
         mvc = required(self.mvc_decoder, "mvc", "decoder from cell embeddings (mvc_decoder)")
-        genes = self.gene_rows(inputs)
+        tokens = inputs if rows is None else inputs.at(rows)
+        genes = self.gene_rows(tokens)
         context = self._token_context(inputs)
         if context is not None:
             cells = torch.cat([cells, context.index_select(0, inputs.first_rows)], dim=1)
             if self.config.joint_mvc:
-                genes = torch.cat([genes, context], dim=1)
-        found: Expression = mvc(genes, cells, inputs.cell_of_token)
+                genes = torch.cat([genes, context if rows is None else context.index_select(0, rows)], dim=1)
+        found: Expression = mvc(genes, cells, tokens.cell_of_token)
         return found
 
     def pool(self, hidden: Tensor, inputs: Inputs, *, padding: Padding | None = None) -> Tensor:

@@ -90,6 +90,16 @@ class ScgptOutput(ModelOutput):
         with self.as_in_forward():
             return self._model.decode_from_cells(self.cell_embeddings, self._inputs)
 
+    def expression_at(self, rows: Tensor) -> Expression:
+        """The decoder's answer for some tokens only. rows: int64 (M,), tokens of the pack; gives (M,) each."""
+        with self.as_in_forward():
+            return self._model.decode(self.hidden.index_select(0, rows), self._inputs.at(rows))
+
+    def mvc_at(self, rows: Tensor) -> Expression:
+        """The same from the cells' embeddings."""
+        with self.as_in_forward():
+            return self._model.decode_from_cells(self.cell_embeddings, self._inputs, rows)
+
     def sampled_expression(self, *, seed: int = 0) -> Tensor:
         """``expression`` where a draw of P(expressed) says so, else 0 (the original's do_sample).
 
