@@ -48,12 +48,17 @@ def objection_unless(
 
 
 def array(tensor: Tensor) -> Array:
-    """The tensor's memory; bfloat16 as int16. Copied only if the last dimension is not contiguous."""
+    """The tensor's memory; bfloat16 as int16. Copied only if the last dimension is not contiguous.
+
+    By DLPack where that can be written to: ``Tensor.numpy`` forbids the memory ever to be resized, and FSDP2 frees the
+    gathered weights by resizing.
+    """
     tensor = tensor.detach()
     if tensor.dim() and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         tensor = tensor.contiguous()
-    view: Array = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    return view
+    tensor = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+    view: Array = np.from_dlpack(tensor)
+    return view if view.flags.writeable else tensor.numpy()
 
 
 def storable(tensor: Tensor) -> Tensor:

@@ -1,0 +1,69 @@
+"""What ranks are told to do in tests. Arguments and results are JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from scfm.data.packed import PackedCells
+from scfm.models.geneformer.config import GeneformerConfig
+from scfm.models.geneformer.model import Geneformer
+from scfm.tokenize.dictionaries import GeneformerDictionaries
+from scfm.train.config import PretrainConfig
+from scfm.train.geneformer_pretraining import GeneformerPretraining
+from scfm.train.launch import joined
+from scfm.train.objective_settings import GeneformerSettings
+from scfm.train.parallel import ParallelModel
+
+GENES = [f"ENSG{i:011d}" for i in range(1, 61)]
+
+
+def few_steps(num_steps: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """Losses and norms of some steps of four microbatches each, shared out between the ranks; weights afterwards."""
+    config = PretrainConfig(data=["unused"], device="cpu", **settings)
+    with joined("cpu", 30.0) as world:
+        vocab = GeneformerDictionaries.from_vocabulary(GENES, dict.fromkeys(GENES, 1.0), version="V2")
+        shape = GeneformerConfig(
+            num_layers=3, hidden_size=32, num_heads=2, ffn_size=64, max_tokens=64, vocab_size=64,
+            hidden_dropout=0.0, attention_dropout=0.0, initializer_range=0.3,
+        )  # fmt: skip
+        model = Geneformer.from_config(shape, vocab, seed=1)
+        model.set_compute_dtype(config.precision).train()
+        objective = GeneformerPretraining(model, GeneformerSettings(), seed=0)
+        parallel = ParallelModel(objective, config, world)
+        groups = parallel.parameter_groups(0.01)
+        optimizer = torch.optim.AdamW(groups, lr=3e-3, fused=True)
+        losses, norms = [], []
+        for step in range(num_steps):
+            every = [objective.prepare(_cells(4 * step + i), epoch=0) for i in range(4)]
+            share = 4 // world.size
+            mine = every[world.rank * share : (world.rank + 1) * share]
+            counts = {"masked_genes": sum(p.counts["masked_genes"] for p in every)}
+            total = torch.zeros(1, dtype=torch.float64)
+            for i, prepared in enumerate(mine):
+                sums = parallel.microbatch(prepared, objective.weights, counts, is_last=i == share - 1)
+                total += sums["masked_genes"]
+            norm = parallel.gradient_norm()
+            parallel.clip_gradients(norm, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(float(world.sum(total)) / counts["masked_genes"])
+            norms.append(float(norm))
+        whole = parallel.whole_state()
+        parallel.release()
+        result = {
+            "losses": losses,
+            "norms": norms,
+            "names": sorted(whole),
+            "weights": float(sum(tensor.double().abs().sum() for tensor in whole.values())),
+        }
+    return result
+
+
+def _cells(number: int) -> PackedCells:
+    generator = np.random.default_rng(number)
+    lists = [[2, *generator.permutation(60)[: generator.integers(3, 40)] + 4, 3] for _ in range(5)]
+    packed = PackedCells.from_lists([[int(token) for token in cell] for cell in lists])
+    return PackedCells(packed.token_ids, None, packed.cu_seqlens, packed.cell_ids + 5 * number)
