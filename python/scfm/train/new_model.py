@@ -13,9 +13,15 @@ from scfm.errors import ConfigError
 from scfm.models.base import FoundationModel
 from scfm.models.geneformer.config import GeneformerConfig
 from scfm.models.geneformer.model import Geneformer
+from scfm.models.scbert.config import ScbertConfig
+from scfm.models.scbert.model import Scbert
+from scfm.models.scfoundation.config import ScfoundationConfig
+from scfm.models.scfoundation.model import Scfoundation
 from scfm.models.scgpt.config import ScgptConfig
 from scfm.models.scgpt.model import Scgpt
 from scfm.tokenize.dictionaries import GeneformerDictionaries
+from scfm.tokenize.scbert_panel import ScbertPanel
+from scfm.tokenize.scfoundation_genes import ScfoundationGenes
 from scfm.tokenize.scgpt_vocab import ScgptVocab
 from scfm.train.config import PretrainConfig
 from scfm.train.objective_settings import ScgptSettings, objective_settings
@@ -40,6 +46,12 @@ def new_model(config: PretrainConfig, corpus: HasTokenizer, *, num_batch_labels:
         return _geneformer(config, vocab)
     if config.family == "scgpt" and isinstance(vocab, ScgptVocab):
         return _scgpt(config, vocab, num_batch_labels)
+    if config.family == "scbert" and isinstance(vocab, ScbertPanel):
+        panel = ScbertConfig(**{**config.model_fields(), "num_genes": len(vocab)})
+        return Scbert.from_config(panel, vocab, seed=config.seed)
+    if config.family == "scfoundation" and isinstance(vocab, ScfoundationGenes):
+        genes = ScfoundationConfig(**{**config.model_fields(), "num_genes": vocab.num_genes})
+        return Scfoundation.from_config(genes, vocab, seed=config.seed)
     raise ConfigError(
         f"{config.family!r}; the corpus has the vocabulary of another, {type(vocab).__name__}", where="family"
     )

@@ -7,13 +7,20 @@ unknown key is an error that names the nearest known one.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from scfm.errors import ConfigError
 
-__all__ = ["GeneformerSettings", "ObjectiveSettings", "ScgptSettings", "objective_settings"]
+__all__ = [
+    "GeneformerSettings",
+    "ObjectiveSettings",
+    "ScbertSettings",
+    "ScfoundationSettings",
+    "ScgptSettings",
+    "objective_settings",
+]
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,40 @@ class ScgptSettings:
         return 0.4 if self.mask_ratio is None else self.mask_ratio
 
 
+@dataclass(frozen=True)
+class ScbertSettings:
+    """mask_ratio: share of a cell's expressed genes whose bins are asked for; replaced: of these, those hidden.
+
+    kmax_scope: "batch" for the released code's attention, which depends on the cells of the microbatch.
+    """
+
+    mask_ratio: float = 0.15
+    replaced: float = 0.9
+    kmax_scope: Literal["cell", "batch"] = "cell"
+
+    def __post_init__(self) -> None:
+        _expect_number("mask_ratio", self.mask_ratio, 0.0, 1.0)
+        _expect_number("replaced", self.replaced, 0.0, 1.0, or_low=True)
+        _expect_choice("kmax_scope", self.kmax_scope, ("cell", "batch"))
+
+
+@dataclass(frozen=True)
+class ScfoundationSettings:
+    """deep_cell: counts from which a cell may be down-sampled; down_sampled: how often it is. kmax_scope: as scBERT's.
+
+    The shares of genes that are hidden are fields of the model: model.value_mask_ratio, model.zero_mask_ratio, ...
+    """
+
+    deep_cell: float = 1000.0
+    down_sampled: float = 0.5
+    kmax_scope: Literal["cell", "batch"] = "cell"
+
+    def __post_init__(self) -> None:
+        _expect_number("deep_cell", self.deep_cell, 0.0, 1e12, or_low=True)
+        _expect_number("down_sampled", self.down_sampled, 0.0, 1.0, or_low=True)
+        _expect_choice("kmax_scope", self.kmax_scope, ("cell", "batch"))
+
+
 _GENERATIVE_ONLY = ("second_pass", "second_pass_after")
 _MASKED_ONLY = (
     "expressed",
@@ -106,10 +147,12 @@ _MASKED_ONLY = (
     "temperature",
     "batch",
 )
-ObjectiveSettings = GeneformerSettings | ScgptSettings
-_OF_FAMILY: dict[str, type[GeneformerSettings] | type[ScgptSettings]] = {
+ObjectiveSettings = GeneformerSettings | ScgptSettings | ScbertSettings | ScfoundationSettings
+_OF_FAMILY: dict[str, Callable[..., ObjectiveSettings]] = {
     "geneformer": GeneformerSettings,
     "scgpt": ScgptSettings,
+    "scbert": ScbertSettings,
+    "scfoundation": ScfoundationSettings,
 }
 
 
@@ -118,7 +161,7 @@ def objective_settings(family: str, given: Mapping[str, Any]) -> ObjectiveSettin
     if family not in _OF_FAMILY:
         raise ConfigError(f"{family!r} has no pretraining objective", where="family")
     settings = _OF_FAMILY[family]
-    known = [field.name for field in fields(settings)]
+    known = [field.name for field in fields(settings())]
     unknown = [str(name) for name in given if name not in known]
     if unknown:
         near = {name: difflib.get_close_matches(name, known, n=1) for name in unknown}

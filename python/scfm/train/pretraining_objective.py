@@ -19,12 +19,22 @@ from scfm.data.packed import PackedCells
 from scfm.errors import ConfigError
 from scfm.models.base import FoundationModel
 from scfm.models.geneformer.model import Geneformer
+from scfm.models.scbert.model import Scbert
+from scfm.models.scfoundation.model import Scfoundation
 from scfm.models.scgpt.model import Scgpt
 from scfm.train.config import PretrainConfig
 from scfm.train.geneformer_pretraining import GeneformerPretraining
 from scfm.train.new_model import new_model
-from scfm.train.objective_settings import GeneformerSettings, ScgptSettings, objective_settings
+from scfm.train.objective_settings import (
+    GeneformerSettings,
+    ScbertSettings,
+    ScfoundationSettings,
+    ScgptSettings,
+    objective_settings,
+)
 from scfm.train.prepared import Prepared
+from scfm.train.scbert_pretraining import ScbertPretraining
+from scfm.train.scfoundation_pretraining import ScfoundationPretraining
 from scfm.train.scgpt_pretraining import ScgptGenerative, ScgptMasked
 
 __all__ = ["Prepared", "PretrainingObjective", "make_objective", "new_model"]
@@ -68,4 +78,8 @@ def make_objective(
         if settings.kind == "generative":
             return ScgptGenerative(model, settings, seed=config.seed)
         return ScgptMasked(model, settings, seed=config.seed, batch_labels=batch_labels)
+    if isinstance(model, Scbert) and isinstance(settings, ScbertSettings):
+        return ScbertPretraining(model, settings, seed=config.seed)
+    if isinstance(model, Scfoundation) and isinstance(settings, ScfoundationSettings):
+        return ScfoundationPretraining(model, settings, seed=config.seed)
     raise ConfigError(f"{config.family!r}; the model is a {type(model).__name__}", where="family")
