@@ -17,7 +17,7 @@ import scipy.sparse as sp
 from embed_server import Children
 
 from scfm.data.crash_points import EMBED_POINTS
-from scfm.embed.claim import LeaseWatcher, lease_path
+from scfm.data.lease import LeaseWatcher
 from scfm.embed.plan import read_plan
 from scfm.embed.verify import verify_store
 from scfm.models.geneformer.config import GeneformerConfig
@@ -149,7 +149,7 @@ def test_the_shard_of_a_killed_worker_is_taken_over(children, data, undisturbed,
 
 def foreign_lease(out: Path, index: int, beat: int, skew: float) -> None:
     """The lease of a worker on another machine, whose clock is off by ``skew`` seconds."""
-    path = lease_path(out, read_plan(out).shards[index])
+    path = out / read_plan(out).shards[index].lease_name
     path.write_text(json.dumps({"host": "elsewhere-00000000", "pid": 7, "started": "1", "beat": beat}))
     os.utime(path, (time.time() + skew, time.time() + skew))
 
@@ -179,7 +179,7 @@ def test_without_waiting_a_worker_leaves_what_others_hold(children, data, undist
     foreign_lease(out, 4, beat=1, skew=0.0)
     code, said = children.run(data, out, layer=0, wait=False, **SHARD)
     assert code == 0 and not said["summary"]["complete"] and said["summary"]["num_done"] == 8
-    lease_path(out, read_plan(out).shards[4]).unlink()
+    (out / read_plan(out).shards[4].lease_name).unlink()
     assert children.run(data, out, layer=0, **SHARD)[1]["summary"]["num_computed"] == 1
     expect_whole(out, undisturbed)
 
@@ -187,15 +187,15 @@ def test_without_waiting_a_worker_leaves_what_others_hold(children, data, undist
 def test_a_lease_renewed_at_the_last_moment_stays(children, data, undisturbed, tmp_path) -> None:
     out = tmp_path / "out"
     children.run(data, out, layer=0, env={"SCFM_CRASH_AT": "after_manifest:1"}, **SHARD)
-    shard = read_plan(out).shards[4]
-    watcher = LeaseWatcher(out, lease_seconds=0.05)
+    lease = out / read_plan(out).shards[4].lease_name
+    watcher = LeaseWatcher(lease_seconds=0.05)
     foreign_lease(out, 4, beat=1, skew=0.0)
-    assert not watcher.is_stale(shard)
+    assert not watcher.is_stale(lease)
     time.sleep(0.06)
-    assert watcher.is_stale(shard)
+    assert watcher.is_stale(lease)
     foreign_lease(out, 4, beat=2, skew=0.0)
-    watcher.clear(shard)
-    assert lease_path(out, shard).exists()
+    watcher.clear(lease)
+    assert lease.exists()
 
 
 def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(children, data, undisturbed, tmp_path) -> None:

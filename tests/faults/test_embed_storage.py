@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from failing_fs import FailingOs
 
-from scfm.data import atomic_file
+from scfm.data import atomic_file, lease
 from scfm.data.atomic_file import create_once, whole_file, whole_folder
-from scfm.embed import claim, embed_to_folder, export_store, verify_store
+from scfm.embed import embed_to_folder, export_store, verify_store
 from scfm.embed.run import check_folder
 from scfm.errors import InvalidArgumentError, ScfmError, StorageError
 
@@ -33,7 +33,7 @@ def arrays(out: Path) -> dict[str, bytes]:
 
 def failing(monkeypatch: pytest.MonkeyPatch, nth: int, code: int | str) -> FailingOs:
     shim = FailingOs(nth, code)
-    for module in (atomic_file, claim):
+    for module in (atomic_file, lease):
         monkeypatch.setattr(module, "os", shim)
     return shim
 

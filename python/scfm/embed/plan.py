@@ -65,6 +65,10 @@ class Shard:
     def manifest_name(self) -> str:
         return f"{self.name}.json"
 
+    @property
+    def lease_name(self) -> str:
+        return f"{self.name}.lease"
+
 
 @dataclass(frozen=True)
 class Plan:

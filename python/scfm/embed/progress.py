@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scfm.embed.claim import lease_facts, lease_path, read_lease
+from scfm.data.lease import lease_facts, read_lease
 from scfm.embed.manifest import Manifest, sound_manifest
 from scfm.embed.plan import Plan, Shard
 from scfm.errors import ScfmError
@@ -92,7 +92,7 @@ class RunProgress:
 
     def _live(self, shard: Shard, live_seconds: float) -> tuple[float, float, float] | None:
         """Cells, tokens and speed of the worker on this shard, if its lease has changed lately."""
-        content = read_lease(lease_path(self.folder, shard))
+        content = read_lease(self.folder / shard.lease_name)
         if not content:
             return None
         now = time.monotonic()

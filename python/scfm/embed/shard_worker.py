@@ -21,9 +21,9 @@ import torch
 
 import scfm
 from scfm.data.crash_points import crash_point
+from scfm.data.lease import Lease, LeaseWatcher
 from scfm.data.process_name import host_name
 from scfm.data.source import CellSource
-from scfm.embed.claim import Lease, LeaseWatcher
 from scfm.embed.commit import commit_shard, set_aside
 from scfm.embed.fingerprint import Stamp, check_unchanged
 from scfm.embed.manifest import Manifest, sound_manifest
@@ -66,7 +66,7 @@ class ShardWorker:
 
     def run(self) -> dict[int, Manifest]:
         """Work until nothing is left to claim; the manifests of all shards finished by anyone by then."""
-        watcher = LeaseWatcher(self.folder, self.lease_seconds)
+        watcher = LeaseWatcher(self.lease_seconds)
         view = RunProgress(self.folder, self.plan)
         done: dict[int, Manifest] = {}
         while True:
@@ -97,10 +97,11 @@ class ShardWorker:
         return [*shards[first:], *shards[:first]]
 
     def _claim(self, shard: Shard, watcher: LeaseWatcher) -> Lease | None:
-        lease = Lease.take(self.folder, shard, self.lease_seconds)
-        if lease is None and watcher.is_stale(shard):
-            watcher.clear(shard)
-            lease = Lease.take(self.folder, shard, self.lease_seconds)
+        path = self.folder / shard.lease_name
+        lease = Lease.take(path, self.lease_seconds)
+        if lease is None and watcher.is_stale(path):
+            watcher.clear(path)
+            lease = Lease.take(path, self.lease_seconds)
         return lease
 
     def _is_done(self, shard: Shard, done: dict[int, Manifest], view: RunProgress) -> bool:
@@ -133,7 +134,7 @@ class ShardWorker:
 
         def advance(done: int, total: int, tokens: int) -> None:
             took = max(time.perf_counter() - started, 1e-9)
-            lease.report(cells=done, tokens=tokens, speed=self._speed or done / took)
+            lease.report(cells=done, tokens=tokens, speed=round(self._speed or done / took, 1))
             self._show(view)
 
         entry = self.plan.files[shard.file]

@@ -1,12 +1,12 @@
-"""Who works on which shard, settled by files alone: no coordinator, no locks, no clocks.
+"""Who works on what (a shard of embeddings, a run's folder), settled by files alone: no coordinator, no clocks.
 
 A claim is a *lease*, a file that only one process can create (O_CREAT with O_EXCL). Its holder counts up in it
 every few seconds. Others do not compare times, which differ between machines by any amount: they remember what
 the lease said and when, on their own steady clock, they first saw it say so. One that says the same for
 ``lease_seconds`` is stale and may be taken over; one of a process known to be dead, at once.
 
-Taking over too early does no harm. Two processes then compute the same shard, get the same bytes, and the
-first to commit wins; leases only save work.
+A lease may be taken over too early, from a machine that stood still. For shards that does no harm: two processes
+then compute the same one, get the same bytes, and the first to commit wins. Whoever must know asks ``is_held``.
 """
 
 from __future__ import annotations
@@ -23,16 +23,11 @@ from typing import Any, Self
 
 from scfm.data.atomic_file import storage_errors, temporary_name
 from scfm.data.process_name import host_name, is_dead, start_time
-from scfm.embed.plan import Shard
 
-__all__ = ["Lease", "LeaseWatcher", "read_lease"]
+__all__ = ["Lease", "LeaseWatcher", "lease_facts", "read_lease"]
 
 _BYTES = 512  # a lease is overwritten in place, so it must never change its length
 _MOST_BETWEEN_BEATS = 2.0
-
-
-def lease_path(folder: Path, shard: Shard) -> Path:
-    return folder / f"{shard.name}.lease"
 
 
 def read_lease(path: Path) -> bytes:
@@ -44,7 +39,7 @@ def read_lease(path: Path) -> bytes:
 
 
 def lease_facts(content: bytes) -> dict[str, Any]:
-    """host, pid, started, beat, cells, tokens, speed; empty if it cannot be read (caught half written)."""
+    """host, pid, started, beat and what was reported; empty if it cannot be read (caught half written)."""
     try:
         facts = json.loads(content)
     except ValueError:
@@ -53,27 +48,30 @@ def lease_facts(content: bytes) -> dict[str, Any]:
 
 
 class Lease:
-    """A shard that this process holds, as a context: a thread keeps it fresh until it is let go."""
+    """A file that this process holds, as a context: a thread keeps it fresh until it is let go.
 
-    def __init__(self, path: Path, handle: int, lease_seconds: float) -> None:
+    synced: every beat goes to the disk at once, so that other machines see it in time on storage that they share.
+    """
+
+    def __init__(self, path: Path, handle: int, lease_seconds: float, synced: bool = False) -> None:
         self._path = path
         self._handle = handle
-        self._state: dict[str, Any] = {"cells": 0, "tokens": 0, "speed": 0.0}
+        self._synced = synced
+        self._state: dict[str, Any] = {}
         self._number = 0
         self._stop = threading.Event()
         self._every = min(lease_seconds / 6, _MOST_BETWEEN_BEATS)
         self._thread = threading.Thread(target=self._keep, name="scfm-lease", daemon=True)
 
     @classmethod
-    def take(cls, folder: Path, shard: Shard, lease_seconds: float) -> Self | None:
-        """The lease of a shard that nobody holds; None if somebody does. Raises StorageError."""
-        path = lease_path(folder, shard)
+    def take(cls, path: Path, lease_seconds: float, *, synced: bool = False) -> Self | None:
+        """The lease if nobody holds it; None if somebody does. Raises StorageError."""
         with storage_errors(path):
             try:
                 handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             except FileExistsError:
                 return None
-            lease = cls(path, handle, lease_seconds)
+            lease = cls(path, handle, lease_seconds, synced)
             try:
                 lease._beat()
             except OSError:
@@ -81,9 +79,17 @@ class Lease:
                 raise
         return lease
 
-    def report(self, *, cells: int, tokens: int, speed: float) -> None:
-        """How far the shard is, for whoever shows progress."""
-        self._state = {"cells": cells, "tokens": tokens, "speed": round(speed, 1)}
+    def report(self, **facts: float) -> None:
+        """How far the work is, a few numbers for whoever shows progress."""
+        self._state = facts
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the file still is this process's: nobody has taken it over or away."""
+        try:
+            return os.fstat(self._handle).st_ino == self._path.stat().st_ino
+        except OSError:
+            return False
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -108,11 +114,12 @@ class Lease:
         facts = {"host": host_name(), "pid": pid, "started": start_time(pid), "beat": self._number}
         text = json.dumps({**facts, **self._state})
         os.pwrite(self._handle, text.ljust(_BYTES).encode()[:_BYTES], 0)
+        if self._synced:
+            os.fsync(self._handle)
 
     def _let_go(self) -> None:
         with suppress(OSError):
-            # Somebody may have taken it over: theirs stays.
-            if os.fstat(self._handle).st_ino == self._path.stat().st_ino:
+            if self.is_held:  # what somebody has taken over is theirs
                 self._path.unlink()
         os.close(self._handle)
 
@@ -126,18 +133,17 @@ class _Seen:
 class LeaseWatcher:
     """Watches other processes' leases over this process's own steady clock."""
 
-    def __init__(self, folder: Path, lease_seconds: float) -> None:
-        self._folder = folder
+    def __init__(self, lease_seconds: float) -> None:
         self._lease_seconds = lease_seconds
-        self._seen: dict[int, _Seen] = {}
+        self._seen: dict[Path, _Seen] = {}
 
-    def is_stale(self, shard: Shard) -> bool:
+    def is_stale(self, path: Path) -> bool:
         """Whether the lease has not changed for so long, or its holder is so certainly dead, that it is free."""
-        content = read_lease(lease_path(self._folder, shard))
-        seen = self._seen.get(shard.index)
+        content = read_lease(path)
+        seen = self._seen.get(path)
         now = time.monotonic()
         if seen is None or seen.content != content:
-            self._seen[shard.index] = seen = _Seen(content, now)
+            self._seen[path] = seen = _Seen(content, now)
         facts = lease_facts(content)
         try:
             dead = is_dead(str(facts["host"]), int(facts["pid"]), str(facts["started"]))
@@ -145,10 +151,9 @@ class LeaseWatcher:
             dead = False
         return dead or now - seen.since >= self._lease_seconds
 
-    def clear(self, shard: Shard) -> None:
+    def clear(self, path: Path) -> None:
         """Take a stale lease away. Of several processes trying, one succeeds; a lease renewed meanwhile stays."""
-        path = lease_path(self._folder, shard)
-        seen = self._seen.pop(shard.index, None)
+        seen = self._seen.pop(path, None)
         if seen is None or read_lease(path) != seen.content:
             return
         aside = temporary_name(path)
