@@ -18,7 +18,6 @@ from scfm.data.atomic_file import storage_errors
 from scfm.data.lease import Lease, LeaseWatcher, lease_facts, read_lease
 from scfm.data.process_name import host_name
 from scfm.errors import ConfigError
-from scfm.train.checkpoint.agreement import first_error, rank_and_size
 
 __all__ = ["LOCK_FILE", "RunLock"]
 
@@ -29,11 +28,11 @@ _SETTLED_SECONDS = 0.1
 
 
 class RunLock:
-    """The right to work in a folder, as a context. All ranks make it alike; rank 0 holds it for them.
+    """The right to work in a folder, as a context. Of the ranks of a job the first one takes it for all.
 
     folder: of the run, made if need be. lease_seconds: how long a lock from another machine must stay the same to
     count as left behind. Entering raises ConfigError naming host and process of the job that is there, and
-    StorageError; on every rank.
+    StorageError.
     """
 
     def __init__(self, folder: str | Path, *, lease_seconds: float = 30.0) -> None:
@@ -43,16 +42,11 @@ class RunLock:
         self._held = ExitStack()
 
     def __enter__(self) -> Self:
-        error: Exception | None = None
-        if rank_and_size()[0] == 0:
-            try:
-                self._take()
-            except (ConfigError, OSError) as refused:
-                error = refused
-        error = first_error(error)
-        if error is not None:
+        try:
+            self._take()
+        except BaseException:
             self._held.close()
-            raise error
+            raise
         return self
 
     def __exit__(
@@ -63,8 +57,8 @@ class RunLock:
 
     @property
     def is_held(self) -> bool:
-        """Whether the folder still is this job's; on ranks other than 0, that it was when it was entered."""
-        return self._lease is None or self._lease.is_held
+        """Whether the folder still is this job's."""
+        return self._lease is not None and self._lease.is_held
 
     def _take(self) -> None:
         with storage_errors(self._path):
