@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from scfm.data.keyed_draws import keyed_words
+from scfm.data.keyed_draws import words_at
 
 # Random123's kat_vectors: counter, key, first word.
 KNOWN = [
@@ -17,11 +17,11 @@ KNOWN = [
 
 @pytest.mark.parametrize(("counter", "key", "want"), KNOWN)
 def test_known_answers(counter, key, want) -> None:
-    assert keyed_words(counter, key).tolist() == [want]
+    assert words_at(counter, key).tolist() == [want]
 
 
 def test_a_word_depends_on_its_counter_alone() -> None:
     places = np.arange(1000)
-    whole = keyed_words((places, 7, places % 5, 2**32 - 1), 99)
-    assert np.array_equal(keyed_words((places[::-3], 7, places[::-3] % 5, 2**32 - 1), 99), whole[::-3])
+    whole = words_at((places, 7, places % 5, 2**32 - 1), 99)
+    assert np.array_equal(words_at((places[::-3], 7, places[::-3] % 5, 2**32 - 1), 99), whole[::-3])
     assert len(np.unique(whole)) == 1000 and abs(whole.mean() / 2**31 - 1) < 0.1

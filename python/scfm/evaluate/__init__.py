@@ -16,6 +16,7 @@ from scfm.evaluate.expression_baselines import (
     highly_variable_genes,
     log1p_cp10k,
 )
+from scfm.evaluate.linear_probe import LinearScore, linear_label_score
 from scfm.evaluate.masked_gene_baselines import MaskedScore, masked_gene_baselines
 from scfm.evaluate.neighbors import KnnScore, knn_label_score, macro_f1, nearest_neighbors
 from scfm.evaluate.report import Metric, Report, Row, verdict
@@ -25,6 +26,7 @@ __all__ = [
     "ClusterScore",
     "Interval",
     "KnnScore",
+    "LinearScore",
     "MaskedScore",
     "Metric",
     "Pca",
@@ -36,6 +38,7 @@ __all__ = [
     "fit_pca",
     "highly_variable_genes",
     "knn_label_score",
+    "linear_label_score",
     "log1p_cp10k",
     "macro_f1",
     "masked_gene_baselines",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from scfm import _native
-from scfm.data.keyed_draws import keyed_words
+from scfm.data.keyed_draws import words_at
 from scfm.data.packed import PackedCells
 from scfm.errors import InvalidArgumentError
 from scfm.models.nn.performer import KmaxScope
@@ -210,7 +210,7 @@ class _Draws:
         """A whole number from 0 to below the bound for each chosen item, int64."""
         ids = self.cell_ids.numpy()[chosen.cells].astype(np.uint64)
         counter = (chosen.numbers, ids, ids >> np.uint64(32), self.epoch)
-        words = keyed_words(counter, self.seed ^ purpose)
+        words = words_at(counter, self.seed ^ purpose)
         return ((words.astype(np.uint64) * bounds.astype(np.uint64)) >> np.uint64(32)).astype(np.int64)
 
 
