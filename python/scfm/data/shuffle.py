@@ -25,7 +25,7 @@ from scfm.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from scfm.data.source import CellSource
 
-__all__ = ["ShuffleOrder", "ShuffledCells"]
+__all__ = ["ShuffleOrder", "ShuffledCells", "keyed_permutation"]
 
 _PURPOSE_BLOCKS = 3
 _PURPOSE_CELLS = 4
@@ -51,7 +51,7 @@ class ShuffleOrder:
         self._lengths = np.asarray(lengths, dtype=np.int64)
         self._first_cell = _offsets(self._lengths)
         self._first_block = _offsets(-(-self._lengths // block_size))
-        self._blocks = _permutation(int(self._first_block[-1]), (seed, _PURPOSE_BLOCKS), (0, epoch))
+        self._blocks = keyed_permutation(int(self._first_block[-1]), (seed, _PURPOSE_BLOCKS), (0, epoch))
         _, sizes = self._extent(self._blocks)
         cuts = np.arange(0, len(sizes), self._blocks_a_window)
         self.bounds = _offsets(np.add.reduceat(sizes, cuts) if len(cuts) else sizes)
@@ -70,7 +70,7 @@ class ShuffleOrder:
         starts, sizes = self._extent(blocks)
         before = _offsets(sizes)
         cells = np.repeat(starts - before[:-1], sizes) + np.arange(before[-1])
-        return cells[_permutation(len(cells), (self._seed, _PURPOSE_CELLS), (number, self._epoch))]
+        return cells[keyed_permutation(len(cells), (self._seed, _PURPOSE_CELLS), (number, self._epoch))]
 
     def windows_of(self, part: int) -> NDArray[np.int64]:
         """Ascending numbers of the windows that hold cells of a part."""
@@ -166,8 +166,11 @@ class ShuffledCells:
         return [number for number in self.order.windows_of(part).tolist() if number in self.numbers]
 
 
-def _permutation(size: int, key: tuple[int, int], counter: tuple[int, int]) -> NDArray[np.int64]:
-    """Positions 0..size-1 in the order of their sort keys; equal keys keep their order."""
+def keyed_permutation(size: int, key: tuple[int, int], counter: tuple[int, int]) -> NDArray[np.int64]:
+    """int64: positions 0..size-1 in the order of their sort keys; equal keys keep their order.
+
+    key: (seed, purpose), counter: (number, epoch) of the Philox words that are the sort keys.
+    """
     philox = np.random.Philox(
         key=np.array(key, dtype=np.uint64), counter=np.array([0, *counter, 0], dtype=np.uint64)
     )

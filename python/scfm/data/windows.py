@@ -8,7 +8,7 @@ Requests go lazily into one stream a part, so that a part can read ahead while t
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import lru_cache
@@ -72,7 +72,7 @@ class WindowPlan(Protocol):
 
 def read_windows(
     parts: Sequence[CellSource], plan: WindowPlan, *, empty_bad_cells: bool = False
-) -> Iterator[tuple[int, list[Piece]]]:
+) -> Generator[tuple[int, list[Piece]], None, None]:
     """Each window's number and pieces. The parts' reports start anew; warnings come after the last window."""
     reports = [CountsReport() for _ in parts]
     for source, report in zip(parts, reports, strict=True):

@@ -151,9 +151,9 @@ class SourceTokenizer(ABC, Generic[PlanT]):
         use_filter_pass: bool,
         epoch: int,
     ) -> Iterator[tuple[int, PackedCells]]:
-        parts = self._plan_parts(source, species or self.species, use_filter_pass)
+        parts = self.plan_parts(source, species or self.species, use_filter_pass)
         for window in windows:
-            yield window.cursor, self._tokenize(window, parts, epoch)
+            yield window.cursor, self.tokenize_window(window, parts, epoch)
         for number, part in parts.items():
             own, *total = part.reports
             own.num_stored_zeros = source.parts[number].report.num_zeros
@@ -162,7 +162,9 @@ class SourceTokenizer(ABC, Generic[PlanT]):
             self._conclude(source.parts[number], part)
             self._warn(own)
 
-    def _plan_parts(self, source: CellSource, species: str, use_filter_pass: bool) -> dict[int, Part[PlanT]]:
+    def plan_parts(
+        self, source: CellSource, species: str, use_filter_pass: bool = True
+    ) -> dict[int, Part[PlanT]]:
         """Each part's plan, by number; parts of a list from which no cell was taken need none."""
         sources = dict(enumerate(source.parts))
         if len(sources) > 1:
@@ -182,8 +184,11 @@ class SourceTokenizer(ABC, Generic[PlanT]):
             for number, (plan, report) in planned.items()
         }
 
-    def _tokenize(self, window: Window, parts: dict[int, Part[PlanT]], epoch: int) -> PackedCells:
-        """The window's cells in its order, without those that have no token or are filtered out."""
+    def tokenize_window(self, window: Window, parts: dict[int, Part[PlanT]], epoch: int) -> PackedCells:
+        """The window's cells in its order, without those that have no token or are filtered out.
+
+        parts: by ``plan_parts``, of the source that the window is of; epoch: of a training run.
+        """
         chosen = np.empty(len(window.cells), dtype=bool)
         packs = []
         for piece in window.pieces:

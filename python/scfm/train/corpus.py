@@ -1,142 +1,414 @@
-"""A pretraining corpus: sources to a vocabulary with medians, and to tokens split into training and held-out.
+"""A pretraining corpus: cells of any number of files, read when they are needed and never all at once.
 
-Which cells are held out depends on (seed, source, row) only.
+Known beforehand is what planning needs: the tokenizer, which cells are held out, and how many positions of a model each
+training cell takes, found by tokenizing every cell once (2 or 4 bytes a cell). Cells are counted through all sources;
+masks and all other draws are keyed by these numbers. Cells without tokens have length 0 and are in no plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
+import pandas as pd
+from numpy.typing import NDArray
+from torch import Tensor
 
-from scfm.data.gene_identifiers import GeneTable
-from scfm.data.gene_mapping import GeneMapping, map_genes
-from scfm.data.gene_tables import human_symbols
+from scfm import __version__
 from scfm.data.packed import PackedCells, concatenate
-from scfm.data.read import read
 from scfm.data.source import CellSource
 from scfm.data.source_list import SourceList
-from scfm.errors import ConfigError
-from scfm.tokenize.dictionaries import GeneformerDictionaries
-from scfm.tokenize.geneformer import GeneformerTokenizer, filter_pass_of, library_size_of
+from scfm.data.windows import Piece, Window, read_windows
+from scfm.errors import ConfigError, IntegrityError
 from scfm.train.config import PretrainConfig
-from scfm.train.gene_medians import GeneMedians
+from scfm.train.corpus_cells import keyed_words, open_cells
+from scfm.train.corpus_folder import CorpusFolder, file_stamps
+from scfm.train.corpus_vocabulary import (
+    Vocabulary,
+    build_dictionaries,
+    given_vocabulary,
+    made_vocabulary,
+    read_vocabulary,
+    tokenizer_of,
+    vocabulary_text,
+)
+from scfm.train.microbatch_plan import MicrobatchPlan, expect_cells_fit
 
+__all__ = ["Corpus", "LengthsOf", "build_dictionaries", "read_corpus"]
+
+LengthsOf = Callable[[PackedCells], Tensor]
+Watch = Callable[[], None]
+
+_FOLDER = "corpus"
+_VOCABULARY = "vocabulary"
+_LENGTHS = "lengths.npy"
 _PURPOSE_HELD_OUT = 1
+_CELLS_AT_ONCE = 1024
+
+
+def read_corpus(config: PretrainConfig, *, rank: int = 0, watch: Watch = lambda: None) -> Corpus:
+    """The corpus of ``config.data`` with its tokenizer; the cells' lengths are found by ``measure``.
+
+    A vocabulary that must be made is made by rank 0 and read by the others from ``config.out``. watch: called now and
+    then, so that a run can tell a long pass from one that hangs. Raises ConfigError for settings that do not fit the
+    data, the readers' errors for data.
+    """
+    cells, held_out = open_cells(
+        config.data,
+        layer=config.layer,
+        folder=config.data_folder,
+        held_out_fraction=config.held_out_fraction,
+        seed=config.seed,
+    )
+    if held_out.all():
+        raise ConfigError(f"no cell is left to train on of {len(cells):,}", where="data")
+    folder = CorpusFolder(Path(config.out) / _FOLDER, rank=rank, patience=config.timeout_seconds, watch=watch)
+    stamps = file_stamps(cells.parts)
+    vocab = given_vocabulary(config)
+    if vocab is None:
+        vocab = _made_vocabulary(config, cells, held_out, folder, stamps)
+    return Corpus(config, cells, held_out, tokenizer_of(config, vocab), folder, stamps)
+
+
+def _made_vocabulary(
+    config: PretrainConfig,
+    cells: SourceList,
+    held_out: NDArray[np.bool_],
+    folder: CorpusFolder,
+    stamps: list[dict[str, Any]] | None,
+) -> Vocabulary:
+    ends = np.cumsum([len(part) for part in cells.parts])
+    made: list[Vocabulary] = []
+
+    def make() -> tuple[dict[str, Any], Callable[[Path], None]]:
+        vocab = made_vocabulary(config, cells.parts, np.split(held_out, ends[:-1]), folder.sign)
+        made.append(vocab)
+        text = vocabulary_text(vocab)
+        return {}, lambda path: _save_text(path, text)
+
+    key = None
+    if stamps is not None:
+        key = _cells_key(held_out, stamps)
+        key |= {name: getattr(config, name) for name in ("family", "species", "special_tokens")}
+    folder.made(_VOCABULARY, key, make)
+    return made[0] if made else read_vocabulary(config.family, folder.path / _VOCABULARY)
+
+
+class Corpus:
+    """The cells of a run: ``Corpus.read`` (or ``read_corpus``), then ``measure``.
+
+    cells: all of them, as one list; parts: its sources; tokenizer: the family's; held_out: bool (cells,).
+    After ``measure``: lengths (cells,), uint16 or uint32, of training cells, else 0; num_training, num_tokens
+    (positions of an epoch), num_without_tokens (training cells that were left out), fingerprint.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        cells: SourceList,
+        held_out: NDArray[np.bool_],
+        tokenizer: Any,
+        folder: CorpusFolder,
+        stamps: list[dict[str, Any]] | None,
+    ) -> None:
+        self.config = config
+        self.cells = cells
+        self.held_out = held_out
+        self.tokenizer = tokenizer
+        self._folder = folder
+        self._stamps = stamps
+        self._facts: dict[str, Any] | None = None
+        self._lengths: NDArray[np.unsignedinteger] | None = None
+        self._plans: dict[int, Any] | None = None
+
+    @classmethod
+    def read(cls, config: PretrainConfig, *, rank: int = 0, watch: Watch = lambda: None) -> Corpus:
+        """``read_corpus``."""
+        return read_corpus(config, rank=rank, watch=watch)
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    @property
+    def parts(self) -> list[CellSource]:
+        return self.cells.parts
+
+    @property
+    def lengths(self) -> NDArray[np.unsignedinteger]:
+        assert self._lengths is not None, "Corpus.measure(objective.lengths_of) comes first"
+        return self._lengths
+
+    @property
+    def num_training(self) -> int:
+        """Cells of an epoch."""
+        return int(self._measured["num_training"])
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions that an epoch computes."""
+        return int(self._measured["num_tokens"])
+
+    @property
+    def num_without_tokens(self) -> int:
+        """Cells that would be trained on and have no token, or are filtered out."""
+        return int(self._measured["num_without_tokens"])
+
+    @property
+    def num_held_out(self) -> int:
+        return int(self.held_out.sum())
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the training cells are, for a checkpoint: each file with its shape and a checksum of its tokens."""
+        found: dict[str, Any] = self._measured["fingerprint"]
+        return found
+
+    @property
+    def _measured(self) -> dict[str, Any]:
+        assert self._facts is not None, "Corpus.measure(objective.lengths_of) comes first"
+        return self._facts
+
+    # ---- lengths --------------------------------------------------------------------------------------------------
+
+    def measure(self, lengths_of: LengthsOf, *, watch: Watch | None = None) -> None:
+        """Find the length of every training cell, in one pass over the data or in the run's folder.
+
+        lengths_of: the objective's, int64 (C,) of a pack, 0 for cells that cannot be trained on. Rank 0 makes the pass
+        and writes; the others wait and read. Raises ConfigError when nothing is left to train on or a cell is longer
+        than the token budget.
+        """
+        made: list[NDArray[np.unsignedinteger]] = []
+
+        def make() -> tuple[dict[str, Any], Callable[[Path], None]]:
+            lengths, facts = self._measure(lengths_of)
+            made.append(lengths)
+            self._facts = facts
+            return facts, lambda path: _save_array(path, lengths)
+
+        facts = self._folder.made(_LENGTHS, self._lengths_key(), make)
+        self._facts = facts if facts is not None else self._facts
+        self._lengths = (
+            made[0] if made else np.load(self._folder.path / _LENGTHS, mmap_mode="r", allow_pickle=False)
+        )
+        if not self.num_training:
+            raise ConfigError(f"no cell is left to train on of {len(self):,}", where="data")
+        expect_cells_fit(self.lengths, self.config.token_budget, self.row_label)
+
+    def _measure(self, lengths_of: LengthsOf) -> tuple[NDArray[np.unsignedinteger], dict[str, Any]]:
+        lengths = np.zeros(len(self), dtype=np.uint32)
+        ends = np.cumsum([len(part) for part in self.parts])
+        checksums = [_TokensChecksum() for _ in ends]
+        for packed in self.tokenizer.packs(self.cells):
+            if packed.num_cells:
+                ids = packed.cell_ids.numpy()
+                lengths[ids] = lengths_of(packed).numpy()
+                part = int(np.searchsorted(ends, ids[0], side="right"))
+                checksums[part].add(packed)
+            self._folder.sign()
+        lengths[self.held_out] = 0
+        if not lengths.size or lengths.max() <= np.iinfo(np.uint16).max:
+            lengths = lengths.astype(np.uint16)
+        num_training = int(np.count_nonzero(lengths))
+        return lengths, {
+            "num_training": num_training,
+            "num_tokens": int(lengths.sum(dtype=np.int64)),
+            "num_without_tokens": len(self) - self.num_held_out - num_training,
+            "fingerprint": self._fingerprint(lengths, [checksum.crc32 for checksum in checksums]),
+        }
+
+    def _fingerprint(self, lengths: NDArray[np.unsignedinteger], checksums: Sequence[int]) -> dict[str, Any]:
+        files = [
+            {
+                "name": part.name,
+                "cells": len(part),
+                "genes": part.num_genes,
+                "counts_from": part.counts_from,
+                "tokens_crc32": checksum,
+            }
+            for part, checksum in zip(self.parts, checksums, strict=True)
+        ]
+        return {
+            "files": files,
+            "vocabulary_sha256": self._vocabulary_sha256,
+            "num_training": int(np.count_nonzero(lengths)),
+            "lengths_crc32": zlib.crc32(lengths.tobytes()),
+        }
+
+    @property
+    def _vocabulary_sha256(self) -> str:
+        return hashlib.sha256(vocabulary_text(self.tokenizer.vocab).encode()).hexdigest()
+
+    def _lengths_key(self) -> dict[str, Any] | None:
+        if self._stamps is None:
+            return None
+        tokenizer = self.tokenizer.describe()
+        # The vocabulary itself counts, not where it lies.
+        for name in ("dictionaries", "vocab"):
+            tokenizer.pop(name, None)
+        return _cells_key(self.held_out, self._stamps) | {
+            "tokenizer": tokenizer,
+            "vocabulary_sha256": self._vocabulary_sha256,
+            "model": self.config.model_fields(),
+            "objective": self.config.objective,
+            "family": self.config.family,
+        }
+
+    # ---- cells ----------------------------------------------------------------------------------------------------
+
+    def plan(self, epoch: int) -> MicrobatchPlan:
+        """The microbatches of an epoch."""
+        return MicrobatchPlan(
+            self.lengths,
+            [len(part) for part in self.parts],
+            seed=self.config.seed,
+            epoch=epoch,
+            token_budget=self.config.token_budget,
+            block_size=self.config.shuffle_block,
+            window=self.config.shuffle_window,
+            row_label=self.row_label,
+        )
+
+    def row_label(self, cell: int) -> str:
+        """How messages name a cell: its row and file."""
+        return f"row {self.cells.row_labels(np.array([cell]))[0]}"
+
+    def obs_column(self, name: str) -> pd.Series | None:
+        """A column of obs of all cells, NaN in files without it; None where none has it."""
+        return self.cells.obs_column(name)
+
+    def tokens(
+        self,
+        cells: NDArray[np.int64],
+        pieces: list[Piece],
+        *,
+        epoch: int,
+        expect: LengthsOf | None = None,
+    ) -> PackedCells:
+        """Tokens of cells that were read; ``cell_ids`` count through the corpus.
+
+        expect: tells lengths, which must be those that were planned with; raises IntegrityError naming the cell if a
+        file was changed since.
+        """
+        if self._plans is None:
+            self._plans = self.tokenizer.plan_parts(self.cells, self.tokenizer.species)
+        packed: PackedCells = self.tokenizer.tokenize_window(Window(0, cells, pieces), self._plans, epoch)
+        if expect is not None:
+            self._expect_lengths(cells, packed, expect(packed).numpy())
+        return packed
+
+    def _expect_lengths(
+        self, cells: NDArray[np.int64], packed: PackedCells, found: NDArray[np.int64]
+    ) -> None:
+        ids = packed.cell_ids.numpy()
+        missing = np.setdiff1d(cells, ids) if len(ids) < len(cells) else ids[:0]
+        wrong = np.concatenate([missing, ids[found != self.lengths[ids]]])
+        if len(wrong):
+            raise IntegrityError(
+                f"has another number of tokens than when the run was planned ({len(wrong):,} such cells)",
+                where=self.row_label(int(wrong[0])),
+                hint="A data file was changed while it was trained on. Put it back, or start a new run.",
+            )
+
+    def packs_of(self, cells: NDArray[np.int64], *, epoch: int = 0) -> Iterator[PackedCells]:
+        """Tokens of any cells, in this order, a thousand at a time; those without tokens are left out."""
+        plan = _TheseCells(cells)
+        with closing(read_windows(self.parts, plan)) as windows:
+            for number, pieces in windows:
+                yield self.tokens(plan.joined(number), pieces, epoch=epoch)
+
+    def held_out_packs(self) -> Iterator[PackedCells]:
+        """Tokens of all held-out cells, a thousand at a time, in the corpus's order."""
+        return self.packs_of(np.flatnonzero(self.held_out))
+
+    def held_out_pack(self, most_cells: int) -> PackedCells:
+        """Tokens of at most so many held-out cells, chosen by (seed, cell), in the corpus's order."""
+        return concatenate(list(self.packs_of(self._sample(self.held_out, most_cells))))
+
+    def training_pack(self, most_cells: int) -> PackedCells:
+        """Tokens of at most so many training cells, chosen by (seed, cell), in the corpus's order."""
+        return concatenate(list(self.packs_of(self._sample(self.lengths > 0, most_cells))))
+
+    def _sample(self, eligible: NDArray[np.bool_], most_cells: int) -> NDArray[np.int64]:
+        cells = np.flatnonzero(eligible)
+        if len(cells) > most_cells:
+            # Another word than the one that decided which cells are held out.
+            words = keyed_words(len(self), self.config.seed, _PURPOSE_HELD_OUT, word=1)[cells]
+            cells = np.sort(cells[np.argpartition(words, most_cells - 1)[:most_cells]])
+        return cells
+
+    def differences(self, fingerprint: dict[str, Any]) -> list[str]:
+        """How an earlier run's fingerprint differs from this corpus, a sentence each; none if it does not.
+
+        Where files lie and how they are compressed makes no difference: cells and tokens do.
+        """
+        mine = self.fingerprint
+        old, new = fingerprint.get("files", []), mine["files"]
+        if len(old) != len(new):
+            return [f"{len(new)} data files instead of {len(old)}"]
+        told = []
+        for before, now in zip(old, new, strict=True):
+            if before.get("cells") != now["cells"]:
+                told.append(f"{now['name']} has {now['cells']:,} cells instead of {before.get('cells'):,}")
+            elif before.get("tokens_crc32") != now["tokens_crc32"]:
+                told.append(f"{now['name']} has other cells or counts than {before.get('name')} had")
+        if fingerprint.get("vocabulary_sha256") != mine["vocabulary_sha256"]:
+            told.append("the vocabulary is another")
+        if not told and fingerprint.get("lengths_crc32") != mine["lengths_crc32"]:
+            told.append("other cells are held out, or cells have other lengths")
+        return told
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Tokenized cells. ``cell_ids`` count through all sources in order."""
+class _TheseCells:
+    """Given cells as a plan of windows; see scfm.data.windows.WindowPlan."""
 
-    training: PackedCells
-    held_out: PackedCells
-    tokenizer: GeneformerTokenizer
+    cells: NDArray[np.int64]
 
+    @property
+    def numbers(self) -> Sequence[int]:
+        return range(-(-len(self.cells) // _CELLS_AT_ONCE))
 
-def read_corpus(config: PretrainConfig) -> Corpus:
-    """Tokens of all sources of ``config.data``; raises ConfigError when nothing is left to train on."""
-    if not config.data:
-        raise ConfigError("no data given", where="data", hint="Name at least one .h5ad file.")
-    source = SourceList([read(item, layer=config.layer) for item in config.data])
-    held_out = held_out_cells(np.arange(len(source)), config.held_out_fraction, config.seed)
-    if config.dictionaries is not None:
-        vocab = GeneformerDictionaries.from_files(config.dictionaries)
-    else:
-        joined = held_out[source.place_of(np.arange(len(source)))]
-        vocab = build_dictionaries(
-            source.parts,
-            version="V2" if config.special_tokens else "V1",
-            species=config.species,
-            held_out=np.split(joined, np.cumsum([len(part) for part in source.parts])[:-1]),
-        )
-    tokenizer = GeneformerTokenizer(vocab, max_tokens=config.max_tokens, species=config.species)
-    everything = concatenate(list(tokenizer.packs(source)))
-    kept_out = torch.from_numpy(held_out)[everything.cell_ids]
-    if not everything.num_cells or bool(kept_out.all()):
-        raise ConfigError(f"no cell is left to train on of {len(source)}", where="data")
-    return Corpus(everything.select(~kept_out), everything.select(kept_out), tokenizer)
+    def joined(self, number: int) -> NDArray[np.int64]:
+        return self.cells[number * _CELLS_AT_ONCE : (number + 1) * _CELLS_AT_ONCE]
+
+    def touching(self, part: int) -> Sequence[int]:
+        return self.numbers
 
 
-def build_dictionaries(
-    sources: Sequence[CellSource],
-    *,
-    version: str,
-    species: str = "human",
-    held_out: Sequence[np.ndarray] | None = None,
-) -> GeneformerDictionaries:
-    """Fresh dictionaries: every gene that some training cell expresses, with its median over the corpus.
-
-    held_out: for each source bool (cells,), cells that neither vocabulary nor medians may see.
-    """
-    symbol_of = {gene: symbol for symbol, genes in human_symbols().items() for gene in genes}
-    vocabulary = sorted({*symbol_of, *_human_ids(sources)})
-    number = {gene: i for i, gene in enumerate(vocabulary)}
-    identity = {gene: gene for gene in vocabulary}
-    collected = GeneMedians(len(vocabulary))
-    for i, source in enumerate(sources):
-        mapping = map_genes(source.genes, known=identity, vocabulary=vocabulary, species=species)
-        column_gene = _column_gene(mapping, number)
-        rows = _training_rows(source, None if held_out is None else held_out[i])
-        library_size, _ = library_size_of(source)
-        for block in source.blocks():
-            span = slice(block.row_start, block.row_start + block.num_cells)
-            collected.add(
-                block,
-                column_gene,
-                library_size=None if library_size is None else library_size[span],
-                rows=rows[span],
-                sum_columns=mapping.collapse,
-            )
-    medians = collected.medians()
-    genes = [gene for gene, median in zip(vocabulary, medians, strict=True) if median > 0]
-    if not genes:
-        raise ConfigError("no training cell expresses a known gene", where="data")
-    return GeneformerDictionaries.from_vocabulary(
-        genes,
-        {gene: float(medians[number[gene]]) for gene in genes},
-        version=version,
-        symbols={symbol_of[gene]: gene for gene in genes if gene in symbol_of},
-    )
-
-
-def _training_rows(source: CellSource, held_out: np.ndarray | None) -> np.ndarray:
-    keep = filter_pass_of(source)
-    rows = np.ones(len(source), dtype=bool) if keep is None else keep
-    return rows if held_out is None else rows & ~held_out
-
-
-def _human_ids(sources: Sequence[CellSource]) -> set[str]:
-    """Every human Ensembl id that the sources write down: genes without a symbol are in no symbol table."""
+def _cells_key(held_out: NDArray[np.bool_], stamps: list[dict[str, Any]]) -> dict[str, Any]:
     return {
-        gene
-        for source in sources
-        for column in GeneTable(source.genes).ensembl
-        for gene in column.ensembl
-        if gene is not None and gene.startswith("ENSG")
+        "scfm": __version__,
+        "files": stamps,
+        "held_out_crc32": zlib.crc32(np.packbits(held_out).tobytes()),
     }
 
 
-def held_out_cells(cell_ids: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """bool (cells,): kept out of training. Keyed by (seed, cell), so it never changes with the company."""
-    if fraction == 0:
-        return np.zeros(len(cell_ids), dtype=bool)
-    return np.fromiter(
-        (keyed_uniform(seed, _PURPOSE_HELD_OUT, int(cell)) < fraction for cell in cell_ids),
-        dtype=bool,
-        count=len(cell_ids),
-    )
+class _TokensChecksum:
+    """Of cells that come in packs of any size."""
+
+    def __init__(self) -> None:
+        self._crcs = [0, 0, 0]
+
+    def add(self, packed: PackedCells) -> None:
+        for i, tensor in enumerate((packed.token_ids, packed.values, packed.lengths)):
+            if tensor is not None:
+                self._crcs[i] = zlib.crc32(tensor.contiguous().numpy().data, self._crcs[i])
+
+    @property
+    def crc32(self) -> int:
+        return zlib.crc32(repr(self._crcs).encode())
 
 
-def keyed_uniform(seed: int, purpose: int, item: int) -> float:
-    """A uniform number in [0, 1) that depends on its three keys only."""
-    generator = np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[item, 0, 0, 0]))
-    return float(generator.random())
+def _save_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
-def _column_gene(mapping: GeneMapping, number: dict[str, int]) -> np.ndarray:
-    return np.fromiter(
-        (-1 if gene is None else number[gene] for gene in mapping.ids), dtype=np.int32, count=len(mapping.ids)
-    )
+def _save_array(path: Path, array: NDArray[Any]) -> None:
+    with path.open("wb") as stream:
+        np.save(stream, array, allow_pickle=False)

@@ -2,7 +2,11 @@
 
 The median over the cells that express a gene (non-zero counts) of its CP10k value, exactly what the tokenizer
 will divide: the same library size, the same cells, columns of one gene summed where the tokenizer sums them.
-Exact, not sketched: every value is kept until the end, 8 bytes a non-zero count and 24 more while sorting.
+
+Values are float32, and each different value of a gene is kept once with its number, so the medians are exact while
+different values fit. Where they no longer do, the last bits of all values are dropped, one after another, until they
+fit: values then share a bin of relative width 2^-(23 - bits dropped), whose middle stands for them. Memory is bounded,
+and what comes out depends on the values alone, not on their order.
 Source: the authors' corpus medians, which are t-digest estimates of the same quantity.
 """
 
@@ -10,26 +14,42 @@ from __future__ import annotations
 
 import numpy as np
 import scipy.sparse as sp
+from numpy.typing import NDArray
 
 from scfm import _native
 from scfm.data.csr import CsrBlock
 
+__all__ = ["GeneMedians"]
+
+# 16 bytes each, three times that while they are sorted.
+MOST_VALUES = 1 << 25
+_MANTISSA_BITS = 23
+
 
 class GeneMedians:
-    """Collects blocks; ``medians()`` then gives float64 (genes,), NaN where no cell expressed the gene."""
+    """Collects blocks; ``medians()`` then gives float64 (genes,), NaN where no cell expressed the gene.
 
-    def __init__(self, num_genes: int) -> None:
+    num_bits_dropped: 0 as long as the medians are exact.
+    """
+
+    def __init__(self, num_genes: int, *, most_values: int = MOST_VALUES) -> None:
         self.num_genes = num_genes
-        self._genes: list[np.ndarray] = []
-        self._values: list[np.ndarray] = []
+        self.num_bits_dropped = 0
+        self._most = most_values
+        # Gene number above, bits of the value below: sorted keys are sorted genes, and values within them, because
+        # the bits of positive floats are ordered as the floats are.
+        self._keys = np.empty(0, dtype=np.uint64)
+        self._numbers = np.empty(0, dtype=np.int64)
+        self._new: list[NDArray[np.uint64]] = []
+        self._num_new = 0
 
     def add(
         self,
         block: CsrBlock,
-        column_gene: np.ndarray,
+        column_gene: NDArray[np.int32],
         *,
-        library_size: np.ndarray | None = None,
-        rows: np.ndarray | None = None,
+        library_size: NDArray[np.floating] | None = None,
+        rows: NDArray[np.bool_] | None = None,
         sum_columns: bool = False,
     ) -> None:
         """column_gene: int32 (columns,), the gene each column counts for, or -1. library_size: (cells,),
@@ -47,20 +67,56 @@ class GeneMedians:
             summed = sp.coo_matrix((counts, (cells, genes)), shape=shape).tocsr()
             counts, genes = summed.data, summed.indices
             cells = np.repeat(np.arange(block.num_cells), np.diff(summed.indptr))
-        self._genes.append(genes.astype(np.int32))
-        self._values.append((counts / sizes[cells] * 1e4).astype(np.float32))
+        values = (counts / sizes[cells] * 1e4).astype(np.float32)
+        self._new.append((genes.astype(np.uint64) << np.uint64(32)) | values.view(np.uint32))
+        self._num_new += len(values)
+        # Sorting what is kept again only when as much has come anew costs each value a few sorts at most.
+        if self._num_new >= max(len(self._keys), self._most // 4):
+            self._merge()
 
-    def medians(self) -> np.ndarray:
+    def medians(self) -> NDArray[np.float64]:
+        self._merge()
         out = np.full(self.num_genes, np.nan)
-        if not self._genes:
+        if not len(self._keys):
             return out
-        genes, values = np.concatenate(self._genes), np.concatenate(self._values)
-        order = np.lexsort((values, genes))
-        genes, values = genes[order], values[order]
-        starts = np.searchsorted(genes, np.arange(self.num_genes + 1))
-        counts = np.diff(starts)
+        bounds = np.searchsorted(self._keys >> np.uint64(32), np.arange(self.num_genes + 1, dtype=np.uint64))
+        before = np.concatenate([[0], np.cumsum(self._numbers)])
+        counts = np.diff(before[bounds])
         seen = np.flatnonzero(counts)
-        low = values[starts[seen] + (counts[seen] - 1) // 2].astype(np.float64)
-        high = values[starts[seen] + counts[seen] // 2].astype(np.float64)
+        first = before[bounds[seen]]
+        low = self._value_at(before, first + (counts[seen] - 1) // 2)
+        high = self._value_at(before, first + counts[seen] // 2)
         out[seen] = (low + high) / 2
         return out
+
+    def _value_at(self, before: NDArray[np.int64], places: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The values at places of the sorted list of all values."""
+        keys = self._keys[np.searchsorted(before, places, side="right") - 1]
+        bits = (keys & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+        bits |= np.uint32((1 << self.num_bits_dropped) >> 1)
+        return bits.view(np.float32).astype(np.float64)
+
+    def _merge(self) -> None:
+        keys = np.concatenate([self._keys, *self._new])
+        numbers = np.concatenate([self._numbers, np.ones(self._num_new, dtype=np.int64)])
+        self._new, self._num_new = [], 0
+        self._keys, self._numbers = _counted(_coarse(keys, self.num_bits_dropped), numbers)
+        while len(self._keys) > self._most and self.num_bits_dropped < _MANTISSA_BITS:
+            self.num_bits_dropped += 1
+            self._keys, self._numbers = _counted(_coarse(self._keys, self.num_bits_dropped), self._numbers)
+
+
+def _coarse(keys: NDArray[np.uint64], num_bits: int) -> NDArray[np.uint64]:
+    return keys >> np.uint64(num_bits) << np.uint64(num_bits) if num_bits else keys
+
+
+def _counted(
+    keys: NDArray[np.uint64], numbers: NDArray[np.int64]
+) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Each different key once, ascending, with the sum of its numbers."""
+    if not len(keys):
+        return keys, numbers
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    firsts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
+    return keys[firsts], np.add.reduceat(numbers[order], firsts)
