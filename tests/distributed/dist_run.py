@@ -64,7 +64,7 @@ class Ranks:
     def start(
         self, size: int, job: str, arguments: dict[str, Any], *, env: dict[str, str] | None = None
     ) -> list[int]:
-        """Pids of ``size`` ranks that call ``module:function`` with the arguments; size 0: one, without the environment."""
+        """Pids of ``size`` ranks that call ``module:function``; size 0: one process without torchrun's environment."""
         port = free_port()
         return [self._start(rank, size, port, job, arguments, env or {}) for rank in range(max(size, 1))]
 

@@ -67,3 +67,26 @@ def _cells(number: int) -> PackedCells:
     lists = [[2, *generator.permutation(60)[: generator.integers(3, 40)] + 4, 3] for _ in range(5)]
     packed = PackedCells.from_lists([[int(token) for token in cell] for cell in lists])
     return PackedCells(packed.token_ids, None, packed.cu_seqlens, packed.cell_ids + 5 * number)
+
+
+def meet_and_part(fault: str, rank: int, timeout_seconds: float) -> str:
+    """Ranks meet, one of them meets with a fault, and all part; what the process group makes of that."""
+    import os
+    import time
+
+    mine = int(os.environ["RANK"]) == rank
+    with joined("cpu", timeout_seconds) as world:
+        if mine and fault == "raises":
+            raise ValueError("the data of this rank are broken")
+        world.meet()
+        world.watch()
+        if mine and fault == "hangs":
+            time.sleep(600)
+        world.meet()
+        with world.first_alone() as first:
+            if first and fault == "is slow alone":
+                time.sleep(timeout_seconds + 2)
+        world.meet()
+        module = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+        module(torch.zeros(2, 4)).sum().backward()
+    return "parted"

@@ -115,7 +115,7 @@ def joined(device: str, timeout_seconds: float) -> Iterator[World]:
     and left to the caller, as are errors then. Raises ConfigError for environment variables that cannot be and
     ResourceError where the ranks do not find each other.
     """
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         yield _with_patience(_world(dist.get_rank(), dist.get_world_size(), device, timeout_seconds))
         return
     world = _world(*_rank_and_size(), device, timeout_seconds)

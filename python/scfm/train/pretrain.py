@@ -1,180 +1,299 @@
-"""Masked-gene pretraining in one process: corpus, loop, metrics, checkpoint.
+"""Pretraining from end to end: the corpus, a fresh model or the newest checkpoint, the loop, the saved model.
 
-Batches are whole cells packed end to end. The order of cells is keyed by (seed, epoch), masks by (seed, epoch,
-cell) and dropout by (seed, step), so a run is reproduced by its settings alone. A step whose loss or gradient
-is not finite is never applied: the run stops and says where.
+    out/
+        settings.json       the run's settings
+        metrics.jsonl       a line a step (metrics.py)
+        checkpoints/        where a run that was stopped or killed goes on (checkpoint/)
+        model/              the trained model; it appears when the run is finished, whole
+
+The same call begins a run, goes on with one that was interrupted, and gives the result of one that is finished. Under
+torchrun every rank makes it.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import time
+import platform
+import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
+from numpy.typing import NDArray
 
-from scfm.data.packed import PackedCells
-from scfm.errors import ConfigError, ScfmError
-from scfm.models.geneformer.config import GeneformerConfig
-from scfm.models.geneformer.model import Geneformer
-from scfm.models.nn.precision import resolve_device
-from scfm.tokenize.geneformer import GeneformerTokenizer
+from scfm import __version__
+from scfm.data.atomic_file import whole_file
+from scfm.errors import ConfigError, IntegrityError
+from scfm.models.base import FoundationModel
+from scfm.train.checkpoint import CheckpointStore, FoundCheckpoint, TrainState, compare_settings
 from scfm.train.config import PretrainConfig
 from scfm.train.corpus import Corpus, read_corpus
-from scfm.train.objectives import evaluate_masked, mask_genes, masked_gene_loss
-from scfm.train.schedule import learning_rate_factor
+from scfm.train.feed import MicrobatchFeed
+from scfm.train.launch import World, joined
+from scfm.train.loop import Evaluation, TrainingLoop
+from scfm.train.metrics import FILE_NAME, MetricsLog, require_tensorboard
+from scfm.train.parallel import ParallelModel
+from scfm.train.pretraining_objective import PretrainingObjective, make_objective, new_model
+from scfm.train.run_lock import RunLock
+from scfm.train.stop_request import StopRequest
+
+__all__ = ["PretrainResult", "pretrain"]
 
 ProgressCallback = Callable[[dict[str, Any]], None]
-_PURPOSE_ORDER = 2
+CHECKPOINTS, MODEL, SETTINGS = "checkpoints", "model", "settings.json"
+_CORPUS = "corpus"
 
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """model: trained, in evaluation mode; folder: where it was saved; metrics_file: one JSON line a step."""
+    """model: as trained so far, in evaluation mode. folder: where it was saved, None where the run stopped early;
+    stopped: why, "SIGTERM", "SIGUSR1" or "max_minutes", or None. metrics_file: one JSON line a step. step: steps done.
+    """
 
-    model: Geneformer
-    folder: Path
+    model: FoundationModel
+    folder: Path | None
     metrics_file: Path
-    tokenizer: GeneformerTokenizer
+    tokenizer: Any
     corpus: Corpus
+    step: int
+    checkpoint: Path | None
+    stopped: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.stopped is None
+
+    def to_dict(self) -> dict[str, Any]:
+        """In plain words and numbers, for a program or a person."""
+        facts = {"model": self.folder, "metrics": self.metrics_file, "checkpoint": self.checkpoint}
+        shown: dict[str, Any] = {name: str(path) for name, path in facts.items() if path is not None}
+        return {**shown, "steps": self.step, "stopped": self.stopped}
 
 
 def pretrain(
     config: PretrainConfig | Mapping[str, Any] | str | Path, *, progress: ProgressCallback | None = None
 ) -> PretrainResult:
-    """Pretrain a Geneformer on raw counts and save it under ``config.out``.
+    """Pretrain a model on raw counts and save it under ``config.out``; see the head of this file.
 
-    config: settings, a mapping of them or a TOML file; progress: called with each step's metrics.
-    Raises ConfigError for settings, the readers' errors for data, ScfmError when the loss stops being finite.
+    config: settings, a mapping of them or a TOML file; progress: called on rank 0 with each step's metrics, and with
+    events such as {"event": "resumed", "step": 100, ...}. SIGTERM and SIGUSR1 stop the run after the step at hand, with
+    a checkpoint. Raises ConfigError for settings, also for those that a resumed run may not change, IntegrityError for
+    data that changed, the readers' errors for data, and ScfmError when losses stop being finite. Among several ranks an
+    error is printed and ends the process (launch.py).
     """
+    config = _settings(config)
+    with joined(config.device, config.timeout_seconds) as world:
+        return _pretrain(config, world, progress if world.is_first else None)
+
+
+def _settings(config: PretrainConfig | Mapping[str, Any] | str | Path) -> PretrainConfig:
+    if isinstance(config, PretrainConfig):
+        return config
     if isinstance(config, str | Path):
-        config = PretrainConfig.from_file(config)
-    elif not isinstance(config, PretrainConfig):
-        if not isinstance(config, Mapping):
-            raise ConfigError(
-                f"is a {type(config).__name__}; expected settings or a TOML file", where="config"
-            )
-        config = PretrainConfig.from_mapping(config)
+        return PretrainConfig.from_file(config)
+    if isinstance(config, Mapping):
+        return PretrainConfig.from_mapping(config)
+    raise ConfigError(f"is a {type(config).__name__}; expected settings or a TOML file", where="config")
+
+
+def _pretrain(config: PretrainConfig, world: World, progress: ProgressCallback | None) -> PretrainResult:
     out = Path(config.out)
-    if (out / "model").exists():
+    if config.tensorboard:
+        require_tensorboard()
+    with _only_job(out, world):
+        store = CheckpointStore(out / CHECKPOINTS, config.keep_last, config.keep_every)
+        found = _checkpoint(config, store)
+        corpus = read_corpus(config, rank=world.rank, watch=world.watch)
+        model, objective = _objective(config, corpus, world.device)
+        corpus.measure(objective.lengths_of)
+        world.watch()
+        if found is not None:
+            _expect_same_data(found.state, corpus, config)
+        if world.is_first:
+            with whole_file(out / SETTINGS) as temporary:
+                temporary.write_text(config.to_json() + "\n", encoding="utf-8")
+        parallel = ParallelModel(objective, config, world)
+        optimizer = torch.optim.AdamW(
+            parallel.parameter_groups(config.weight_decay), lr=config.learning_rate, fused=True
+        )
+        before = TrainState(0, 0, 0, config.seed) if found is None else store.load(found, model, optimizer)
+        with ExitStack() as stack:
+            log = _log(config, before, found, progress) if world.is_first else None
+            if log is not None:
+                stack.enter_context(log)
+            start = _start(before, corpus)
+            feed = MicrobatchFeed(corpus, objective, config, world.rank, world.size, start=start)
+            stack.enter_context(feed)
+            loop = TrainingLoop(
+                config,
+                world,
+                objective,
+                parallel,
+                store,
+                _state_of(config, before, corpus, world, start),
+                total_tokens=config.num_epochs * corpus.num_tokens,
+                optimizer=optimizer,
+                evaluate=_evaluation(config, world, corpus, parallel),
+                log=log,
+                progress=progress,
+            )
+            stopped = loop.run(feed, stack.enter_context(StopRequest(config.max_minutes)))
+        whole = _whole_model(config, corpus, parallel)
+        parallel.release()
+        if stopped is None:
+            with world.first_alone() as first:
+                if first:
+                    _save(whole, out / MODEL, is_new=loop.state.step > before.step)
+        return PretrainResult(
+            model=whole,
+            folder=out / MODEL if stopped is None else None,
+            metrics_file=out / FILE_NAME,
+            tokenizer=corpus.tokenizer,
+            corpus=corpus,
+            step=loop.state.step,
+            checkpoint=store.last,
+            stopped=stopped,
+        )
+
+
+def _objective(
+    config: PretrainConfig, corpus: Corpus, device: torch.device
+) -> tuple[FoundationModel, PretrainingObjective]:
+    """A model with fresh weights, and what it is trained for."""
+    labels = _batch_labels(config, corpus)
+    num_labels = 0 if labels is None else int(labels.max()) + 1
+    model = new_model(config, corpus, num_batch_labels=num_labels).to(device)
+    model.set_compute_dtype(config.precision)
+    return model, make_objective(config, model, batch_labels=labels)
+
+
+def _batch_labels(config: PretrainConfig, corpus: Corpus) -> NDArray[np.int64] | None:
+    """Each cell's batch, where the objective has a column for it; numbers by the sorted names."""
+    name = config.objective.get("batch")
+    if name is None:
+        return None
+    column = corpus.obs_column(name)
+    missing = len(corpus) if column is None else int(column.isna().sum())
+    if column is None or missing:
         raise ConfigError(
-            "already holds a model", path=out / "model", where="out", hint="Choose another folder."
+            f"{missing:,} of {len(corpus):,} cells have no value in the column {name!r} of obs",
+            where="objective.batch",
         )
-    corpus = read_corpus(config)
-    model = _new_model(config, corpus.tokenizer).to(resolve_device(config.device))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "settings.json").write_text(config.to_json() + "\n", encoding="utf-8")
-    metrics_file = out / "metrics.jsonl"
-    # Dropout is seeded at every step; the caller's generator is not ours to change.
-    with metrics_file.open("w", encoding="utf-8") as stream, torch.random.fork_rng():
-        _train(model, corpus, config, stream, progress)
-    model.eval()
-    folder = model.save(out / "model")
-    return PretrainResult(model, folder, metrics_file, corpus.tokenizer, corpus)
+    codes, _ = pd.factorize(column.astype(str), sort=True)
+    return codes.astype(np.int64)
 
 
-def _new_model(config: PretrainConfig, tokenizer: GeneformerTokenizer) -> Geneformer:
-    shape = GeneformerConfig(
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        num_heads=config.num_heads,
-        ffn_size=config.ffn_size,
-        max_tokens=config.max_tokens,
-        vocab_size=max(tokenizer.vocab.token.values()) + 1,
-        hidden_dropout=config.dropout,
-        attention_dropout=0.0,
+def _start(state: TrainState, corpus: Corpus) -> tuple[int, int]:
+    """Where the stream of microbatches goes on; in the next epoch if an allowed change made this one shorter."""
+    plan = corpus.plan(state.epoch)
+    behind = state.cursor and plan.window_with(state.cursor - 1) is None
+    return (state.epoch + 1, 0) if behind else (state.epoch, state.cursor)
+
+
+def _state_of(
+    config: PretrainConfig, before: TrainState, corpus: Corpus, world: World, start: tuple[int, int]
+) -> TrainState:
+    return replace(
+        before,
+        epoch=start[0],
+        cursor=start[1],
+        world_size=world.size,
+        settings=config.identity(),
+        data_fingerprint={_CORPUS: json.dumps(corpus.fingerprint, sort_keys=True)},
+        versions={"scfm": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
     )
-    return Geneformer.from_config(shape, tokenizer.vocab, seed=config.seed)
 
 
-def _train(
-    model: Geneformer,
-    corpus: Corpus,
+def _expect_same_data(state: TrainState, corpus: Corpus, config: PretrainConfig) -> None:
+    told = corpus.differences(json.loads(state.data_fingerprint[_CORPUS]))
+    if told and "data" not in config.allow_change:
+        raise IntegrityError(
+            f"the run was begun with other data: {'; '.join(told[:10])}",
+            where="data",
+            hint='Give the same data, write to another folder, or allow it with allow_change=["data"].',
+        )
+
+
+def _checkpoint(config: PretrainConfig, store: CheckpointStore) -> FoundCheckpoint | None:
+    """The checkpoint that the run goes on from, if there is one and the settings are those of the run."""
+    out = Path(config.out)
+    found = store.newest()
+    if found is None and (out / MODEL).exists():
+        raise ConfigError(
+            "already holds a model that is of no run",
+            path=out / MODEL,
+            where="out",
+            hint="Choose another folder.",
+        )
+    if found is not None:
+        if not config.resume:
+            raise ConfigError(
+                f"already holds a run, with a checkpoint of step {found.step}, and resume is false",
+                path=out,
+                where="resume",
+                hint="Choose another folder, or go on with resume=true.",
+            )
+        compare_settings(found.state.settings, config.identity(), config.allow_change)
+    return found
+
+
+def _log(
     config: PretrainConfig,
-    stream: IO[str],
+    state: TrainState,
+    found: FoundCheckpoint | None,
     progress: ProgressCallback | None,
-) -> None:
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
-    total_steps = config.num_epochs * math.ceil(corpus.training.num_cells / config.batch_cells)
-    total_steps = min(total_steps, config.max_steps or total_steps)
-    seconds = math.inf if config.max_minutes is None else config.max_minutes * 60
-    start = time.perf_counter()
-    model.train()
-    for step, (epoch, batch) in enumerate(_batches(corpus.training, config)):
-        begun = time.perf_counter()
-        share = max(step / total_steps, (begun - start) / seconds)
-        if step >= total_steps or share >= 1.0:
-            break
-        factor = learning_rate_factor(share, warmup_ratio=config.warmup_ratio, schedule=config.schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * factor
-        metrics = _step(model, optimizer, batch, config, step, epoch)
-        took = time.perf_counter() - begun
-        metrics |= {
-            "learning_rate": config.learning_rate * factor,
-            "tokens_per_s": round(metrics["tokens"] / took, 1),
-            "cells_per_s": round(metrics["cells"] / took, 1),
-            "seconds": round(time.perf_counter() - start, 3),
-            "progress": round(max((step + 1) / total_steps, (time.perf_counter() - start) / seconds), 5),
-        }
-        if config.evaluate_every and (step + 1) % config.evaluate_every == 0 and corpus.held_out.num_cells:
-            metrics["held_out_loss"] = evaluate_masked(
-                model, corpus.held_out, seed=config.seed, mask_ratio=config.mask_ratio
-            ).loss
-        stream.write(json.dumps(metrics) + "\n")
-        stream.flush()
-        if progress is not None:
-            progress(metrics)
-
-
-def _step(
-    model: Geneformer,
-    optimizer: torch.optim.Optimizer,
-    batch: PackedCells,
-    config: PretrainConfig,
-    step: int,
-    epoch: int,
-) -> dict[str, Any]:
-    cells = mask_genes(batch, model, seed=config.seed, epoch=epoch, mask_ratio=config.mask_ratio)
-    num_masked = len(cells.positions)
-    torch.manual_seed(_step_seed(config.seed, step))
-    optimizer.zero_grad(set_to_none=True)
-    loss = masked_gene_loss(model, cells) / max(num_masked, 1)
-    loss.backward()  # type: ignore[no-untyped-call]
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-    if not (torch.isfinite(loss) and torch.isfinite(norm)):
-        raise ScfmError(
-            f"loss {loss.item()}, gradient norm {norm.item()}; the step was not applied",
-            where=f"step {step}",
-            hint="Lower the learning rate or lengthen the warm-up.",
-        )
-    optimizer.step()
-    return {
-        "step": step,
-        "epoch": epoch,
-        "loss": loss.item(),
-        "grad_norm": norm.item(),
-        "masked": num_masked,
-        "tokens": batch.num_tokens,
-        "cells": batch.num_cells,
+) -> MetricsLog:
+    """The run's log; of a resumed one it says from where, as does the callback."""
+    if found is None:
+        return MetricsLog(config.out, tensorboard=config.tensorboard)
+    facts = {
+        "checkpoint": found.path.name,
+        "world_size_before": state.world_size,
+        "skipped": list(found.skipped),
     }
+    log = MetricsLog(config.out, tensorboard=config.tensorboard, resumed_at=state.step, **facts)
+    if progress is not None:
+        progress({"event": "resumed", "step": state.step, **facts})
+    return log
 
 
-def _batches(cells: PackedCells, config: PretrainConfig) -> Iterator[tuple[int, PackedCells]]:
-    for epoch in range(config.num_epochs):
-        key = [config.seed, _PURPOSE_ORDER]
-        order = np.random.Generator(np.random.Philox(key=key, counter=[epoch, 0, 0, 0]))
-        shuffled = order.permutation(cells.num_cells)
-        for start in range(0, cells.num_cells, config.batch_cells):
-            yield epoch, cells.select(shuffled[start : start + config.batch_cells])
+def _whole_model(config: PretrainConfig, corpus: Corpus, parallel: ParallelModel) -> FoundationModel:
+    """The model with all its weights on this rank: itself, or of a sharded one a copy, in evaluation mode."""
+    if not parallel.is_sharded:
+        return parallel.model.eval()
+    weights = parallel.whole_state()
+    model, _ = _objective(config, corpus, parallel.model.device)
+    model.load_state_dict(weights)
+    return model.eval()
 
 
-def _step_seed(seed: int, step: int) -> int:
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+def _save(model: FoundationModel, folder: Path, *, is_new: bool) -> None:
+    """The family's folder. An older model of the run gives way to one that was trained further."""
+    if folder.exists():
+        if not is_new:
+            return
+        shutil.rmtree(folder)
+    model.save(folder)
+
+
+def _evaluation(
+    config: PretrainConfig, world: World, corpus: Corpus, parallel: ParallelModel
+) -> Evaluation | None:
+    """What the loop calls every ``evaluate_every`` steps, on all ranks; rank 0's findings."""
+    return None
+
+
+@contextmanager
+def _only_job(out: Path, world: World) -> Iterator[None]:
+    """Rank 0 holds the folder's lock; the others go on when it has it."""
+    with ExitStack() as stack:
+        if world.is_first:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(RunLock(out))
+        world.meet()
+        yield
