@@ -35,9 +35,9 @@ _MOST_NAMED = 5
 def restore(found: FoundCheckpoint, model: nn.Module, optimizer: Optimizer | None) -> None:
     """Fill the model, and the optimiser unless it is None, from the checkpoint.
 
-    Raises CheckpointError naming the tensors that do not fit; nothing is then changed.
+    Raises CheckpointError naming the tensors that do not fit; no weight is then changed.
     """
-    wanted = model_tensors(model)
+    wanted = _with_numbers(model_tensors(model))
     _expect_same(found, {n: t for n, t in found.tensors.items() if n.startswith(MODEL)}, wanted)
     if optimizer is not None:
         if found.manifest.optimizer != type(optimizer).__name__:
@@ -47,10 +47,15 @@ def restore(found: FoundCheckpoint, model: nn.Module, optimizer: Optimizer | Non
             )
         stored = {n: t for n, t in found.tensors.items() if n.startswith(OPTIMIZER)}
         add_missing_state(model, optimizer, {name: (t.shape, t.dtype) for name, t in stored.items()})
-        state = optimizer_tensors(model, optimizer)
+        state = _with_numbers(optimizer_tensors(model, optimizer))
         _expect_same(found, stored, state)
         wanted |= state
     _read(found, wanted)
+
+
+def _with_numbers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without those of no elements, of which no file holds anything."""
+    return {name: tensor for name, tensor in tensors.items() if tensor.numel()}
 
 
 def _expect_same(found: FoundCheckpoint, stored: Mapping[str, Stored], wanted: Mapping[str, Tensor]) -> None:
