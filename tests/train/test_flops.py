@@ -8,8 +8,11 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
+import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.sparse as sp
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,9 +31,16 @@ from scfm.ops.products import float32_path
 from scfm.ops.varlen_attention import varlen_attention_reference
 from scfm.tokenize.dictionaries import GeneformerDictionaries
 from scfm.tokenize.scfoundation_genes import ScfoundationGenes
-from scfm.train.flops import geneformer_flops, microbatch_flops, scbert_flops, scfoundation_flops
+from scfm.train.flops import geneformer_flops, microbatch_flops
 from scfm.train.geneformer_pretraining import GeneformerPretraining
-from scfm.train.objective_settings import GeneformerSettings, ScgptSettings
+from scfm.train.objective_settings import (
+    GeneformerSettings,
+    ScbertSettings,
+    ScfoundationSettings,
+    ScgptSettings,
+)
+from scfm.train.scbert_pretraining import ScbertPretraining
+from scfm.train.scfoundation_pretraining import ScfoundationPretraining
 from scfm.train.scgpt_pretraining import ScgptGenerative, ScgptMasked
 
 LENGTHS = np.array([3, 200, 91, 150, 64])
@@ -143,13 +153,10 @@ def test_scbert(attention: str, glu: bool) -> None:
         num_genes=399, hidden_size=48, num_layers=2, num_heads=4, head_dim=16, num_features=40, glu=glu,
         attention=attention,
     )  # fmt: skip
-    model = Scbert.from_config(config)
-    packed, rows = pack([40, 7, 120], 399), torch.arange(0, 1200, 9)
-    found = scbert_flops(config, 3, num_scored=len(rows))
-    model.train()
-    assert found.model == pytest.approx(
-        counted(lambda: model.bin_scores(model.forward(packed).hidden[rows]).sum()), rel=0.01
-    )
+    objective = ScbertPretraining(Scbert.from_config(config), ScbertSettings(), seed=0)
+    prepared = objective.prepare(pack([40, 7, 120], 399), epoch=0)
+    found = microbatch_flops(objective, prepared)
+    assert len(prepared.rows) and found.model == pytest.approx(counted_of(objective, prepared), rel=0.01)
 
 
 def test_scfoundation() -> None:
@@ -158,10 +165,12 @@ def test_scfoundation() -> None:
         decoder_layers=2, decoder_heads=3, decoder_head_dim=16, decoder_features=40, num_bins=20, dropout=0.0,
     )  # fmt: skip
     model = Scfoundation.from_config(config, ScfoundationGenes.of([f"G{i}" for i in range(300)]))
-    shown = pack([80, 31, 120], 300)
-    unseen = [sorted(set(range(300)) - set(cell))[:9] for cell in shown.to_lists()]
-    late = scfm.PackedCells.from_lists(unseen, [[102.0] * 9] * 3)
-    found = scfoundation_flops(config, shown.lengths.numpy(), num_late=27)
-    assert found.model == pytest.approx(
-        counted(lambda: model.forward(shown, late=late).prediction.sum()), rel=0.01
+    objective = ScfoundationPretraining(model, ScfoundationSettings(), seed=0)
+    rng = np.random.default_rng(0)
+    counts = sp.csr_matrix(rng.poisson(rng.gamma(0.5, 2.0, (4, 300))).astype(np.float32))
+    cells = ad.AnnData(counts, var=pd.DataFrame(index=[f"G{i}" for i in range(300)]))
+    prepared = objective.prepare(model.tokenize(cells), epoch=0)
+    found = microbatch_flops(objective, prepared)
+    assert prepared.late.num_tokens and found.model == pytest.approx(
+        counted_of(objective, prepared), rel=0.01
     )

@@ -31,6 +31,8 @@ from scfm.models.scgpt.mvc import QUERY_SIZE
 from scfm.train.geneformer_pretraining import MaskedGenes
 from scfm.train.prepared import Prepared
 from scfm.train.pretraining_objective import PretrainingObjective
+from scfm.train.scbert_pretraining import AskedBins
+from scfm.train.scfoundation_pretraining import ReadDepthCells
 from scfm.train.scgpt_pretraining import HiddenExpression, UnknownExpression
 
 __all__ = [
@@ -82,6 +84,10 @@ def microbatch_flops(objective: PretrainingObjective, prepared: Prepared) -> Flo
             num_known=prepared.num_known.numpy() if isinstance(prepared, UnknownExpression) else None,
             num_passes=passes,
         )
+    if isinstance(prepared, AskedBins):
+        return scbert_flops(config, prepared.num_cells, num_scored=len(prepared.rows))
+    if isinstance(prepared, ReadDepthCells):
+        return scfoundation_flops(config, lengths, num_late=prepared.late.num_tokens)
     raise AssertionError(f"no formula for {type(prepared).__name__}")
 
 
