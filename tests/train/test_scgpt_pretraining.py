@@ -135,7 +135,7 @@ def test_sums_of_microbatches_add_up(kind: str) -> None:
     model = tiny_model(explicit_zeros=kind == "masked")
     packed = cells_of()
     views = {"views": "random", "cce": 1.0, "kind": kind} if kind == "masked" else {}
-    objective = objective_of(model, np.zeros(20, dtype=np.int64), **views)
+    objective = objective_of(model, **views)
     objective.at_step(5000)
     whole = objective.prepare(packed, epoch=2)
     order = np.random.default_rng(0).permutation(packed.num_cells)

@@ -34,7 +34,7 @@ class MaskedCells:
 
 @dataclass(frozen=True)
 class MaskedEvaluation:
-    """Held-out masked-gene prediction. loss: nats a masked token; losses: float64 (M,), one a masked token."""
+    """Held-out masked-gene prediction. loss: nats a masked token; losses: float64 (M,), correct: bool (M,), of each."""
 
     loss: float
     accuracy: float
@@ -43,6 +43,7 @@ class MaskedEvaluation:
     masked_positions: np.ndarray
     targets: np.ndarray
     losses: np.ndarray
+    correct: np.ndarray
 
 
 def mask_genes(
@@ -96,7 +97,7 @@ def evaluate_masked(
     model.eval()
     whole = mask_genes(packed, model, seed=seed, epoch=_EVALUATION_EPOCH, mask_ratio=mask_ratio)
     losses = np.empty(len(whole.positions))
-    right = 0
+    correct = np.zeros(len(whole.positions), dtype=bool)
     cell_of_token = np.repeat(np.arange(packed.num_cells), packed.lengths.numpy())
     order = torch.arange(packed.num_cells, dtype=torch.int64)
     numbered = PackedCells(whole.packed.token_ids, None, whole.packed.cu_seqlens, order)
@@ -105,17 +106,18 @@ def evaluate_masked(
         logits = _masked_logits(model, MaskedCells(batch, positions, whole.targets[here])).float().cpu()
         targets = whole.targets[here]
         losses[here] = F.cross_entropy(logits, targets, reduction="none").double().numpy()
-        right += int((logits.argmax(1) == targets).sum())
+        correct[here] = (logits.argmax(1) == targets).numpy()
     model.train(was_training)
     count = len(losses)
     return MaskedEvaluation(
         loss=float(losses.mean()) if count else float("nan"),
-        accuracy=right / count if count else float("nan"),
+        accuracy=float(correct.mean()) if count else float("nan"),
         num_masked=count,
         masked_token_ids=whole.packed.token_ids.numpy(),
         masked_positions=whole.positions.numpy(),
         targets=whole.targets.numpy(),
         losses=losses,
+        correct=correct,
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from scfm.data.packed import PackedCells
@@ -65,7 +66,7 @@ class PretrainingObjective(Protocol):
 
 
 def make_objective(
-    config: PretrainConfig, model: FoundationModel, *, batch_labels: np.ndarray | None = None
+    config: PretrainConfig, model: FoundationModel, *, batch_labels: NDArray[np.int64] | None = None
 ) -> PretrainingObjective:
     """The family's objective with ``config.objective``. Raises ConfigError naming the setting.
 

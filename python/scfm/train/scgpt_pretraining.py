@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,6 +55,11 @@ class UnknownExpression(Prepared):
     num_known: Tensor
     rows: Tensor
     targets: Tensor
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the model's forward takes beside the pack."""
+        return {"num_known": self.num_known}
 
 
 class ScgptGenerative:
@@ -102,7 +108,7 @@ class ScgptGenerative:
         assert isinstance(prepared, UnknownExpression)
         device = self.model.device
         rows, targets = prepared.rows.to(device), prepared.targets.to(device)
-        out = self.model(prepared.packed, num_known=prepared.num_known)
+        out = self.model(prepared.packed, **prepared.inputs)
         found = {}
         if "expression" in self.weights:
             found["expression"] = squared_errors(out.expression_at(rows).prediction, targets).sum()
@@ -110,7 +116,7 @@ class ScgptGenerative:
             found["mvc"] = squared_errors(out.mvc_at(rows).prediction, targets).sum()
         if "second_pass" in self.weights:
             first_states = out.cell_embeddings.detach()
-            again = self.model(prepared.packed, num_known=prepared.num_known, first_states=first_states)
+            again = self.model(prepared.packed, first_states=first_states, **prepared.inputs)
             found["second_pass"] = squared_errors(again.expression_at(rows).prediction, targets).sum()
         return found
 
@@ -118,13 +124,15 @@ class ScgptGenerative:
 @dataclass(frozen=True)
 class HiddenExpression(Prepared):
     """rows: int64 (M,), the hidden tokens of the pack; targets: float32 (M,), their values; num_views: the pack holds
-    the cells this many times, all of one view, then all of the next; batch_labels: int64 (cells of the pack,) or None.
+    the cells this many times, all of one view, then all of the next; batch_labels: int64 (cells of the pack,) or None;
+    inputs: what the model's forward takes beside the pack.
     """
 
     rows: Tensor
     targets: Tensor
     num_views: int
     batch_labels: Tensor | None
+    inputs: dict[str, Any]
 
     @property
     def num_cells(self) -> int:
@@ -151,7 +159,7 @@ class ScgptMasked:
         self.seed = seed
         self.batch_labels = None if batch_labels is None else torch.from_numpy(batch_labels.astype(np.int64))
         _expect_heads(model, settings)
-        if self.batch_labels is None and (settings.dab or model.config.num_batch_labels):
+        if self.batch_labels is None and (settings.dab or _reads_labels(model)):
             raise ConfigError("needs the cells' batches", where="objective.batch")
         zeros = model.config.explicit_zeros
         names = ("expression", "expressed", "mvc", "mvc_expressed", "ecs", "cce", "dab")
@@ -206,15 +214,13 @@ class ScgptMasked:
             torch.cat(values)[rows],
             len(views),
             labels,
+            {"batch_labels": labels} if labels is not None and _reads_labels(self.model) else {},
         )
 
     def losses(self, prepared: Prepared) -> dict[str, Tensor]:
         assert isinstance(prepared, HiddenExpression)
         device = self.model.device
-        inputs = {}
-        if self.model.config.num_batch_labels:
-            inputs["batch_labels"] = prepared.batch_labels
-        out = self.model(prepared.packed, **inputs)
+        out = self.model(prepared.packed, **prepared.inputs)
         rows, targets = prepared.rows.to(device), prepared.targets.to(device)
         found: dict[str, Tensor] = {}
         if "expression" in self.weights:
@@ -225,7 +231,7 @@ class ScgptMasked:
             "ecs": lambda: cell_similarity_losses(
                 out.cell_embeddings[: prepared.num_cells], self.model.config.ecs_threshold
             ).sum(),
-            "cce": lambda: self._contrast(out, prepared, inputs),
+            "cce": lambda: self._contrast(out, prepared),
             "dab": lambda: F.cross_entropy(out.batch_logits, _labels(prepared).to(device), reduction="sum"),
         }
         return found | {name: loss() for name, loss in losses.items() if name in self.weights}
@@ -238,13 +244,11 @@ class ScgptMasked:
             assert expression.zero_probability is not None
             found[likelihood] = expressed_losses(expression.zero_probability, targets).sum()
 
-    def _contrast(
-        self, out: ScgptOutput, prepared: HiddenExpression, inputs: dict[str, Tensor | None]
-    ) -> Tensor:
+    def _contrast(self, out: ScgptOutput, prepared: HiddenExpression) -> Tensor:
         if self._samples is None:
             first, second = (
                 out.cell_embeddings,
-                self.model(prepared.packed, **inputs).cell_embeddings,
+                self.model(prepared.packed, **prepared.inputs).cell_embeddings,
             )
         else:
             first, second = out.cell_embeddings.chunk(2)
@@ -269,6 +273,10 @@ def _expect_heads(model: Scgpt, settings: ScgptSettings) -> None:
         )
     if settings.dab and model.grad_reverse_discriminator is None:
         raise ConfigError("the model has no classifier of batches", where="model.adversary")
+
+
+def _reads_labels(model: Scgpt) -> bool:
+    return model.batch_encoder is not None or model.dsbn is not None
 
 
 def _labels(prepared: HiddenExpression) -> Tensor:
