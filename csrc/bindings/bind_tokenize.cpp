@@ -5,6 +5,7 @@
 #include "base/philox.hpp"
 #include "bindings/array_arguments.hpp"
 #include "bindings/packed_arrays.hpp"
+#include "tokenize/first_fit.hpp"
 #include "tokenize/mlm_mask.hpp"
 #include "tokenize/rank_value.hpp"
 
@@ -28,6 +29,16 @@ py::tuple mask(const py::object& token_ids, const py::object& cu_seqlens, const 
                         {seed, epoch, probability, mask_token, vocab_size, never_masked}, out);
   }
   return py::make_tuple(masked, to_array(std::move(selected)));
+}
+
+py::array_t<std::int64_t> place(const py::object& lengths, std::int64_t capacity) {
+  const auto items = array_of<std::int64_t>(lengths, "first_fit", "lengths");
+  std::vector<std::int64_t> bins(items.size());
+  {
+    const py::gil_scoped_release unlocked;
+    first_fit(items, capacity, bins);
+  }
+  return to_array(std::move(bins));
 }
 
 py::array_t<std::uint32_t> philox(const py::object& counter, const py::object& key) {
@@ -106,6 +117,8 @@ void bind_tokenize(py::module_& module) {
              py::arg("num_single"), py::arg("arithmetic"), py::arg("keep_zeros"), py::arg("max_tokens"),
              py::arg("prefix_token"), py::arg("suffix_token"), py::arg("with_counts"),
              "Geneformer's rank-value encoding of a CSR block.");
+  module.def("first_fit", &place, py::arg("lengths"), py::arg("capacity"),
+             "The bin of each item, placed in their order into the first bin with room.");
   module.def("philox4x32", &philox, py::arg("counter"), py::arg("key"),
              "Philox4x32-10: four words from four and two.");
 }

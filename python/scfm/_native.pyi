@@ -110,6 +110,12 @@ def rank_value(
     are summed.
     """
 
+def first_fit(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
+    """The bin of each item: items are placed in their order, each into the first bin that has room for it.
+
+    lengths: 1 to capacity. Bins are numbered as they are opened. Raises ValueError.
+    """
+
 def mlm_mask(
     token_ids: NDArray[np.int32],
     cu_seqlens: NDArray[np.int32],

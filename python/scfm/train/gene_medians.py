@@ -21,7 +21,7 @@ from scfm.data.csr import CsrBlock
 
 __all__ = ["GeneMedians"]
 
-# 16 bytes each, three times that while they are sorted.
+# 16 bytes each, up to three times that while more are merged in.
 MOST_VALUES = 1 << 25
 _MANTISSA_BITS = 23
 
@@ -97,10 +97,16 @@ class GeneMedians:
         return bits.view(np.float32).astype(np.float64)
 
     def _merge(self) -> None:
-        keys = np.concatenate([self._keys, *self._new])
-        numbers = np.concatenate([self._numbers, np.ones(self._num_new, dtype=np.int64)])
+        new = np.sort(_coarse(np.concatenate([*self._new, self._keys[:0]]), self.num_bits_dropped))
         self._new, self._num_new = [], 0
-        self._keys, self._numbers = _counted(_coarse(keys, self.num_bits_dropped), numbers)
+        keys, numbers = _counted(new, np.ones(len(new), dtype=np.int64))
+        places = np.searchsorted(self._keys, keys)
+        known = np.zeros(len(keys), dtype=bool)
+        inside = places < len(self._keys)
+        known[inside] = self._keys[places[inside]] == keys[inside]
+        self._numbers[places[known]] += numbers[known]
+        self._keys = np.insert(self._keys, places[~known], keys[~known])
+        self._numbers = np.insert(self._numbers, places[~known], numbers[~known])
         while len(self._keys) > self._most and self.num_bits_dropped < _MANTISSA_BITS:
             self.num_bits_dropped += 1
             self._keys, self._numbers = _counted(_coarse(self._keys, self.num_bits_dropped), self._numbers)
@@ -113,10 +119,8 @@ def _coarse(keys: NDArray[np.uint64], num_bits: int) -> NDArray[np.uint64]:
 def _counted(
     keys: NDArray[np.uint64], numbers: NDArray[np.int64]
 ) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """Each different key once, ascending, with the sum of its numbers."""
+    """Each different one of ascending keys, with the sum of its numbers."""
     if not len(keys):
         return keys, numbers
-    order = np.argsort(keys, kind="stable")
-    keys = keys[order]
     firsts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
-    return keys[firsts], np.add.reduceat(numbers[order], firsts)
+    return keys[firsts], np.add.reduceat(numbers, firsts)
