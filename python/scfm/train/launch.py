@@ -151,7 +151,7 @@ def _world(rank: int, size: int, device: str, timeout_seconds: float) -> World:
     local_rank = _number("LOCAL_RANK", least=0) if "LOCAL_RANK" in os.environ else rank
     local_size = _number("LOCAL_WORLD_SIZE", least=1) if "LOCAL_WORLD_SIZE" in os.environ else size
     chosen = resolve_device(device)
-    if chosen.type == "cuda" and chosen.index is None and size > 1:
+    if str(chosen) == "cuda" and size > 1:
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
                 f"rank {local_rank} of this machine has no GPU; there are {torch.cuda.device_count()}",

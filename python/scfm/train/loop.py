@@ -39,18 +39,24 @@ from scfm.train.schedule import learning_rate_factor
 from scfm.train.step_agreement import StepLosses, StepTotals
 from scfm.train.stop_request import StopRequest
 
-__all__ = ["Evaluation", "TrainingLoop"]
+__all__ = ["Evaluation", "TrainingLoop", "is_done"]
 
-Evaluation = Callable[[], Mapping[str, Any]]
+Evaluation = Callable[[int], Mapping[str, Any]]
 Progress = Callable[[dict[str, Any]], None]
 _PURPOSE_DROPOUT = 0x64726F70  # "drop"
+
+
+def is_done(config: PretrainConfig, state: TrainState) -> bool:
+    """Whether all epochs are through or the last step is taken. The last step may reach into one epoch more."""
+    limit = config.max_steps
+    return state.epoch >= config.num_epochs or (limit is not None and state.step >= limit)
 
 
 class TrainingLoop:
     """The run between two checkpoints: from ``state`` to the end, or to the step at which the ranks agree to stop.
 
-    state: steps, position and tokens so far, kept up to date. total_tokens: of the whole run. evaluate: called by every
-    rank at the same steps, gives what rank 0 found. log, progress: of rank 0, None on the others.
+    state: steps, position and tokens so far, kept up to date. total_tokens: of the whole run. evaluate: called with the
+    step by every rank alike, gives what rank 0 found. log, progress: of rank 0, None on the others.
     """
 
     def __init__(
@@ -85,12 +91,6 @@ class TrainingLoop:
         peak = peak_flops(world.device, parallel.model.compute_dtype)
         self._peak = None if peak is None else peak * world.size
 
-    @property
-    def is_done(self) -> bool:
-        """Whether all epochs are through or the last step is taken. The last step may reach into one epoch more."""
-        limit = self.config.max_steps
-        return self.state.epoch >= self.config.num_epochs or (limit is not None and self.state.step >= limit)
-
     def share_done(self) -> float:
         """How much of the run is behind, in [0, 1]: of its tokens, or of max_steps where that is more."""
         by_tokens = self.state.tokens_seen / self._total_tokens
@@ -108,7 +108,7 @@ class TrainingLoop:
         self._start = time.perf_counter()
         # Dropout is seeded at every microbatch; the caller's generator is not ours to change.
         with torch.random.fork_rng():
-            while not self.is_done and reason is None:
+            while not is_done(self.config, self.state) and reason is None:
                 self.world.watch()
                 reason = self._step(feed, stop)
                 self.store.poll()
@@ -216,10 +216,13 @@ class TrainingLoop:
     # ---- what happens between steps ---------------------------------------------------------------------------------
 
     def _evaluated(self) -> Mapping[str, Any]:
+        """Every ``evaluate_every`` steps and after the last one."""
         every = self.config.evaluate_every
-        if self._evaluate is None or not every or self.state.step % every:
+        if self._evaluate is None or not every:
             return {}
-        found = self._evaluate()
+        if self.state.step % every and not is_done(self.config, self.state):
+            return {}
+        found = self._evaluate(self.state.step)
         self.parallel.model.train()
         return found
 

@@ -3,7 +3,9 @@
     out/
         settings.json       the run's settings
         metrics.jsonl       a line a step (metrics.py)
+        evaluation.md       held-out cells and probes beside their baselines, newest (held_out.py)
         checkpoints/        where a run that was stopped or killed goes on (checkpoint/)
+        corpus/             vocabulary and lengths of the cells, found once (corpus_folder.py)
         model/              the trained model; it appears when the run is finished, whole
 
 The same call begins a run, goes on with one that was interrupted, and gives the result of one that is finished. Under
@@ -21,10 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import torch
-from numpy.typing import NDArray
 
 from scfm import __version__
 from scfm.data.atomic_file import whole_file
@@ -34,13 +33,14 @@ from scfm.train.checkpoint import CheckpointStore, FoundCheckpoint, TrainState, 
 from scfm.train.config import PretrainConfig
 from scfm.train.corpus import Corpus, read_corpus
 from scfm.train.feed import MicrobatchFeed
+from scfm.train.held_out import HeldOutResult
 from scfm.train.launch import World, joined
-from scfm.train.loop import Evaluation, TrainingLoop
+from scfm.train.loop import TrainingLoop, is_done
 from scfm.train.metrics import FILE_NAME, MetricsLog, require_tensorboard
 from scfm.train.parallel import ParallelModel
-from scfm.train.pretraining_objective import PretrainingObjective, make_objective, new_model
 from scfm.train.run_lock import RunLock
 from scfm.train.stop_request import StopRequest
+from scfm.train.training_model import RunEvaluation, new_objective, whole_model
 
 __all__ = ["PretrainResult", "pretrain"]
 
@@ -52,7 +52,8 @@ _CORPUS = "corpus"
 @dataclass(frozen=True)
 class PretrainResult:
     """model: as trained so far, in evaluation mode. folder: where it was saved, None where the run stopped early;
-    stopped: why, "SIGTERM", "SIGUSR1" or "max_minutes", or None. metrics_file: one JSON line a step. step: steps done.
+    stopped: why, "SIGTERM", "SIGUSR1" or "max_minutes", or None. metrics_file: one JSON line a step. step: steps done;
+    checkpoint: the newest. evaluation: the last one of this process, on rank 0.
     """
 
     model: FoundationModel
@@ -63,6 +64,7 @@ class PretrainResult:
     step: int
     checkpoint: Path | None
     stopped: str | None = None
+    evaluation: HeldOutResult | None = None
 
     @property
     def finished(self) -> bool:
@@ -72,7 +74,8 @@ class PretrainResult:
         """In plain words and numbers, for a program or a person."""
         facts = {"model": self.folder, "metrics": self.metrics_file, "checkpoint": self.checkpoint}
         shown: dict[str, Any] = {name: str(path) for name, path in facts.items() if path is not None}
-        return {**shown, "steps": self.step, "stopped": self.stopped}
+        scores = {} if self.evaluation is None else {"evaluation": self.evaluation.metrics}
+        return {**shown, "steps": self.step, "stopped": self.stopped, **scores}
 
 
 def pretrain(
@@ -109,7 +112,7 @@ def _pretrain(config: PretrainConfig, world: World, progress: ProgressCallback |
         store = CheckpointStore(out / CHECKPOINTS, config.keep_last, config.keep_every)
         found = _checkpoint(config, store)
         corpus = read_corpus(config, rank=world.rank, watch=world.watch)
-        model, objective = _objective(config, corpus, world.device)
+        objective = new_objective(config, corpus, world.device)
         corpus.measure(objective.lengths_of)
         world.watch()
         if found is not None:
@@ -121,12 +124,18 @@ def _pretrain(config: PretrainConfig, world: World, progress: ProgressCallback |
         optimizer = torch.optim.AdamW(
             parallel.parameter_groups(config.weight_decay), lr=config.learning_rate, fused=True
         )
-        before = TrainState(0, 0, 0, config.seed) if found is None else store.load(found, model, optimizer)
+        before = (
+            TrainState(0, 0, 0, config.seed)
+            if found is None
+            else store.load(found, objective.model, optimizer)
+        )
+        state = _state_of(config, before, corpus, world)
+        evaluation = RunEvaluation(config, corpus, world, parallel) if config.evaluate_every else None
         with ExitStack() as stack:
-            log = _log(config, before, found, progress) if world.is_first else None
-            if log is not None:
-                stack.enter_context(log)
-            start = _start(before, corpus)
+            log = None
+            if world.is_first and not is_done(config, state):
+                log = stack.enter_context(_log(config, before, found, progress))
+            start = (state.epoch, state.cursor)
             feed = MicrobatchFeed(corpus, objective, config, world.rank, world.size, start=start)
             stack.enter_context(feed)
             loop = TrainingLoop(
@@ -135,15 +144,15 @@ def _pretrain(config: PretrainConfig, world: World, progress: ProgressCallback |
                 objective,
                 parallel,
                 store,
-                _state_of(config, before, corpus, world, start),
+                state,
                 total_tokens=config.num_epochs * corpus.num_tokens,
                 optimizer=optimizer,
-                evaluate=_evaluation(config, world, corpus, parallel),
+                evaluate=evaluation,
                 log=log,
                 progress=progress,
             )
             stopped = loop.run(feed, stack.enter_context(StopRequest(config.max_minutes)))
-        whole = _whole_model(config, corpus, parallel)
+        whole = whole_model(config, corpus, parallel)
         parallel.release()
         if stopped is None:
             with world.first_alone() as first:
@@ -158,50 +167,17 @@ def _pretrain(config: PretrainConfig, world: World, progress: ProgressCallback |
             step=loop.state.step,
             checkpoint=store.last,
             stopped=stopped,
+            evaluation=None if evaluation is None else evaluation.latest,
         )
 
 
-def _objective(
-    config: PretrainConfig, corpus: Corpus, device: torch.device
-) -> tuple[FoundationModel, PretrainingObjective]:
-    """A model with fresh weights, and what it is trained for."""
-    labels = _batch_labels(config, corpus)
-    num_labels = 0 if labels is None else int(labels.max()) + 1
-    model = new_model(config, corpus, num_batch_labels=num_labels).to(device)
-    model.set_compute_dtype(config.precision)
-    return model, make_objective(config, model, batch_labels=labels)
-
-
-def _batch_labels(config: PretrainConfig, corpus: Corpus) -> NDArray[np.int64] | None:
-    """Each cell's batch, where the objective has a column for it; numbers by the sorted names."""
-    name = config.objective.get("batch")
-    if name is None:
-        return None
-    column = corpus.obs_column(name)
-    missing = len(corpus) if column is None else int(column.isna().sum())
-    if column is None or missing:
-        raise ConfigError(
-            f"{missing:,} of {len(corpus):,} cells have no value in the column {name!r} of obs",
-            where="objective.batch",
-        )
-    codes, _ = pd.factorize(column.astype(str), sort=True)
-    return codes.astype(np.int64)
-
-
-def _start(state: TrainState, corpus: Corpus) -> tuple[int, int]:
-    """Where the stream of microbatches goes on; in the next epoch if an allowed change made this one shorter."""
-    plan = corpus.plan(state.epoch)
-    behind = state.cursor and plan.window_with(state.cursor - 1) is None
-    return (state.epoch + 1, 0) if behind else (state.epoch, state.cursor)
-
-
-def _state_of(
-    config: PretrainConfig, before: TrainState, corpus: Corpus, world: World, start: tuple[int, int]
-) -> TrainState:
+def _state_of(config: PretrainConfig, before: TrainState, corpus: Corpus, world: World) -> TrainState:
+    """Where this process begins: as before, in the next epoch if an allowed change made this one shorter than that."""
+    is_behind = before.cursor and corpus.plan(before.epoch).window_with(before.cursor - 1) is None
     return replace(
         before,
-        epoch=start[0],
-        cursor=start[1],
+        epoch=before.epoch + 1 if is_behind else before.epoch,
+        cursor=0 if is_behind else before.cursor,
         world_size=world.size,
         settings=config.identity(),
         data_fingerprint={_CORPUS: json.dumps(corpus.fingerprint, sort_keys=True)},
@@ -262,16 +238,6 @@ def _log(
     return log
 
 
-def _whole_model(config: PretrainConfig, corpus: Corpus, parallel: ParallelModel) -> FoundationModel:
-    """The model with all its weights on this rank: itself, or of a sharded one a copy, in evaluation mode."""
-    if not parallel.is_sharded:
-        return parallel.model.eval()
-    weights = parallel.whole_state()
-    model, _ = _objective(config, corpus, parallel.model.device)
-    model.load_state_dict(weights)
-    return model.eval()
-
-
 def _save(model: FoundationModel, folder: Path, *, is_new: bool) -> None:
     """The family's folder. An older model of the run gives way to one that was trained further."""
     if folder.exists():
@@ -279,13 +245,6 @@ def _save(model: FoundationModel, folder: Path, *, is_new: bool) -> None:
             return
         shutil.rmtree(folder)
     model.save(folder)
-
-
-def _evaluation(
-    config: PretrainConfig, world: World, corpus: Corpus, parallel: ParallelModel
-) -> Evaluation | None:
-    """What the loop calls every ``evaluate_every`` steps, on all ranks; rank 0's findings."""
-    return None
 
 
 @contextmanager
