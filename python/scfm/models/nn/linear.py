@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from scfm.models.nn.weight_state import weight_state
 from scfm.ops.products import row_stable_linear
 
 
@@ -20,7 +21,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(out_features))
         self.compute_dtype = torch.float32
-        self._copy: tuple[tuple[int, ...], Tensor, Tensor] | None = None
+        self._copy: tuple[tuple[object, ...], Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, *, relu: bool = False) -> Tensor:
         return row_stable_linear(x, *self.weights(), relu=relu)
@@ -31,12 +32,12 @@ class Linear(nn.Module):
             return self.weight, self.bias
         if torch.is_grad_enabled() and self.weight.requires_grad:
             return self.weight.to(self.compute_dtype), self.bias.to(self.compute_dtype)
-        version = (self.weight.data_ptr(), self.weight._version, self.bias.data_ptr(), self.bias._version)
-        if self._copy is None or self._copy[0] != version:
+        state = weight_state(self.weight, self.bias)
+        if self._copy is None or self._copy[0] != state:
             with (
                 torch.inference_mode(False),
                 torch.no_grad(),
             ):  # an inference tensor could enter no later graph
                 copies = self.weight.to(self.compute_dtype), self.bias.to(self.compute_dtype)
-            self._copy = (version, *copies)
+            self._copy = (state, *copies)
         return self._copy[1], self._copy[2]

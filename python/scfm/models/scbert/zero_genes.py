@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from scfm.models.nn.performer import PerformerBlock
+from scfm.models.nn.weight_state import weight_state
 from scfm.models.scbert.features import (
     EPS,
     key_exponentials,
@@ -96,7 +97,7 @@ class ZeroGenes:
     def _constants(self, block: PerformerBlock, zero_states: Tensor) -> _Constants:
         attention = block.attention
         watched = [zero_states, attention.projection_matrix, *_weights_before_attention(block)]
-        version = (attention.compute_dtype, *((tensor.data_ptr(), tensor._version) for tensor in watched))
+        version = (attention.compute_dtype, *weight_state(*watched))
         if self._kept is None or self._kept[0] != version:
             with torch.inference_mode(False), torch.no_grad():
                 self._kept = (version, _work_out(block, zero_states.detach()))
