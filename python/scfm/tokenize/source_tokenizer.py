@@ -16,12 +16,14 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 
 from scfm.data.packed import PackedCells, concatenate
 from scfm.data.read import read
 from scfm.data.source import CellSource
 from scfm.data.windows import Piece, Window
 from scfm.errors import GeneMappingError, InvalidArgumentError, ScfmWarning
+from scfm.tokenize.planned_genes import PlannedGenes
 from scfm.tokenize.report import TokenizeReport, total_of
 
 __all__ = ["Part", "SourceTokenizer", "filter_pass_of"]
@@ -45,6 +47,8 @@ class SourceTokenizer(ABC, Generic[PlanT]):
 
     species: str
     report: TokenizeReport | None
+    vocab: Any
+    _planned: PlannedGenes[Any]
 
     @abstractmethod
     def _plan_part(self, source: CellSource, species: str) -> tuple[PlanT, TokenizeReport]:
@@ -142,6 +146,12 @@ class SourceTokenizer(ABC, Generic[PlanT]):
         for part in source.parts:
             with _naming(part):
                 self._check_genes_of(part, species or self.species)
+
+    def column_tokens(self, genes: pd.DataFrame, *, species: str | None = None) -> NDArray[np.int32]:
+        """The token of each column of a gene table, int32 (columns,), -1 where the model does not know the gene."""
+        mapping, _ = self._planned.of(genes, species or self.species)
+        tokens = (-1 if gene is None else self.vocab.token.get(gene, -1) for gene in mapping.ids)
+        return np.fromiter(tokens, dtype=np.int32, count=len(mapping.ids))
 
     def _packs(
         self,

@@ -57,6 +57,9 @@ class PretrainConfig:
     family's configuration. dropout: on hidden states (attention probabilities are not dropped). objective: settings of
     the family's objective, such as {"mask_ratio": 0.15}.
 
+    gene_embeddings: how the gene table begins, "random" or "coexpression": its first coexpression_size columns are then
+    vectors of genes that vary together over the training cells (coexpression.py).
+
     Steps. A microbatch holds at most token_budget tokens of whole cells; a step adds up microbatches_per_step of them,
     shared out evenly between the ranks. shuffle_block, shuffle_window: consecutive cells read together, and cells
     shuffled together. The run ends after num_epochs or max_steps, whichever comes first; max_minutes stops it earlier,
@@ -91,6 +94,8 @@ class PretrainConfig:
     dropout: float | None = None
     model: dict[str, Any] = field(default_factory=dict)
     objective: dict[str, Any] = field(default_factory=dict)
+    gene_embeddings: str = "random"
+    coexpression_size: int = 32
     special_tokens: bool = True
     dictionaries: str | Path | None = None
     genes: str | Path | None = None

@@ -41,6 +41,7 @@ _WHOLE: dict[str, tuple[int, int]] = {
     "num_heads": (1, 512),
     "ffn_size": (1, 131072),
     "max_tokens": (2, 1_000_000),
+    "coexpression_size": (1, 4096),
     "token_budget": (2, 2**31 - 1),
     "microbatches_per_step": (1, 1_000_000),
     "shuffle_block": (1, 2**31 - 1),
@@ -75,6 +76,7 @@ _CHOICES = {
     "family": tuple(_FAMILIES),
     "schedule": ("linear", "cosine", "constant"),
     "species": ("human", "mouse"),
+    "gene_embeddings": ("random", "coexpression"),
     "precision": ("auto", "float32", "bfloat16"),
     "parallel": ("ddp", "fsdp", "hsdp"),
 }
@@ -158,7 +160,8 @@ def released_shape(family: str, preset: str | None) -> dict[str, int]:
     """The released model's sizes, of those that the settings name."""
     if preset is not None:
         return {name: getattr(GeneformerConfig.preset(preset), name) for name in SHAPE}
-    return {f.name: f.default for f in fields(_FAMILIES[family]) if f.name in SHAPE}
+    released = _FAMILIES[family]  # whose defaults are the released model's
+    return {name: getattr(released, name) for name in SHAPE if hasattr(released, name)}
 
 
 def check_shape(config: PretrainConfig) -> None:

@@ -8,6 +8,7 @@ masks and all other draws are keyed by these numbers. Cells without tokens have 
 from __future__ import annotations
 
 import hashlib
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -18,14 +19,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy import sparse
 from torch import Tensor
 
-from scfm import __version__
+from scfm import __version__, _native
 from scfm.data.packed import PackedCells, concatenate
 from scfm.data.source import CellSource
 from scfm.data.source_list import SourceList
 from scfm.data.windows import Piece, Window, read_windows
-from scfm.errors import ConfigError, IntegrityError
+from scfm.errors import ConfigError, IntegrityError, ScfmWarning
+from scfm.train.budget_advice import better_budget
+from scfm.train.coexpression import MOST_CELLS, coexpression_vectors, counts_by_token
 from scfm.train.config import PretrainConfig
 from scfm.train.corpus_cells import keyed_words, open_cells
 from scfm.train.corpus_folder import CorpusFolder, file_stamps
@@ -48,6 +52,7 @@ Watch = Callable[[], None]
 _FOLDER = "corpus"
 _VOCABULARY = "vocabulary"
 _LENGTHS = "lengths.npy"
+_COEXPRESSION = "coexpression.npy"
 _PURPOSE_HELD_OUT = 1
 _CELLS_AT_ONCE = 1024
 
@@ -71,9 +76,10 @@ def read_corpus(config: PretrainConfig, *, rank: int = 0, watch: Watch = lambda:
     folder = CorpusFolder(Path(config.out) / _FOLDER, rank=rank, patience=config.timeout_seconds, watch=watch)
     stamps = file_stamps(cells.parts)
     vocab = given_vocabulary(config)
+    is_made = vocab is None
     if vocab is None:
         vocab = _made_vocabulary(config, cells, held_out, folder, stamps)
-    return Corpus(config, cells, held_out, tokenizer_of(config, vocab), folder, stamps)
+    return Corpus(config, cells, held_out, tokenizer_of(config, vocab, is_made=is_made), folder, stamps)
 
 
 def _made_vocabulary(
@@ -199,6 +205,20 @@ class Corpus:
         if not self.num_training:
             raise ConfigError(f"no cell is left to train on of {len(self):,}", where="data")
         expect_cells_fit(self.lengths, self.config.token_budget, self.row_label)
+        if made:
+            self._advise()
+
+    def _advise(self) -> None:
+        """Warn of a token budget that these cells cannot fill."""
+        found = better_budget(self.lengths[self.lengths > 0], self.config.token_budget)
+        if found is not None:
+            unused, better, left = found
+            warnings.warn(
+                f"token_budget = {self.config.token_budget:,} leaves {unused:.1%} of each microbatch unused, because "
+                f"of the cells' lengths; token_budget = {better:,} would leave {left:.1%}",
+                ScfmWarning,
+                stacklevel=3,
+            )
 
     def _measure(self, lengths_of: LengthsOf) -> tuple[NDArray[np.unsignedinteger], dict[str, Any]]:
         lengths = np.zeros(len(self), dtype=np.uint32)
@@ -341,6 +361,51 @@ class Corpus:
             words = keyed_words(len(self), self.config.seed, _PURPOSE_HELD_OUT, word=1)[cells]
             cells = np.sort(cells[np.argpartition(words, most_cells - 1)[:most_cells]])
         return cells
+
+    def coexpression(self, num_components: int) -> NDArray[np.float32]:
+        """Vectors of the genes by token id, float32 (vocabulary, num_components); see coexpression.py.
+
+        Worked out by rank 0 and read by the others, so that all begin from the same. Raises ConfigError.
+        """
+        made: list[NDArray[np.float32]] = []
+
+        def make() -> tuple[dict[str, Any], Callable[[Path], None]]:
+            counts, library_size = self._training_counts(MOST_CELLS)
+            seed = self.config.seed
+            vectors = coexpression_vectors(counts, library_size, num_components, seed=seed)
+            made.append(vectors)
+            return {}, lambda path: _save_array(path, vectors)
+
+        key = None
+        if self._stamps is not None:
+            settings: dict[str, Any] = {"num_components": num_components, "seed": self.config.seed}
+            settings["vocabulary_sha256"] = self._vocabulary_sha256
+            key = _cells_key(self.held_out, self._stamps) | settings
+        self._folder.made(_COEXPRESSION, key, make)
+        if made:
+            return made[0]
+        found: NDArray[np.float32] = np.load(self._folder.path / _COEXPRESSION, allow_pickle=False)
+        return found
+
+    def _training_counts(self, most_cells: int) -> tuple[sparse.csr_matrix, NDArray[np.float64]]:
+        """Raw counts by token id of at most so many training cells with counts, and their library sizes."""
+        num_tokens = max(self.tokenizer.vocab.token.values()) + 1
+        column_tokens = [
+            self.tokenizer.column_tokens(part.genes) if len(part) else None for part in self.parts
+        ]
+        blocks, sizes = [], []
+        plan = _TheseCells(self._sample(~self.held_out, most_cells))
+        with closing(read_windows(self.parts, plan)) as windows:
+            for _, pieces in windows:
+                for piece in pieces:
+                    tokens = column_tokens[piece.part]
+                    assert tokens is not None
+                    blocks.append(counts_by_token(piece.block, tokens, num_tokens))
+                    sizes.append(_native.row_sums(piece.block.indptr, piece.block.data))
+                self._folder.sign()
+        counts, library_size = sparse.vstack(blocks, format="csr"), np.concatenate(sizes)
+        has_counts = library_size > 0
+        return counts[has_counts], library_size[has_counts]
 
     def differences(self, fingerprint: dict[str, Any]) -> list[str]:
         """How an earlier run's fingerprint differs from this corpus, a sentence each; none if it does not.
