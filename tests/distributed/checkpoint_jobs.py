@@ -9,11 +9,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint.hf_storage
+import torch.distributed.checkpoint.state_dict_loader
+from failing_fs import FailingOs
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from scfm.train.checkpoint import CheckpointStore, FoundCheckpoint, TrainState
+from scfm.data import atomic_file
+from scfm.train.checkpoint import CheckpointStore, TrainState
 from scfm.train.launch import World, joined
 
 SETTINGS = {"learning_rate": 1e-2, "model": {"hidden_size": 12}}
@@ -25,7 +29,9 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Embedding(31, 12)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(12, 7), nn.GELU(), nn.Linear(7, 12)) for _ in range(2))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(12, 7), nn.GELU(), nn.Linear(7, 12)) for _ in range(2)
+        )
         self.norm = nn.LayerNorm(12)
         self.head = nn.Linear(12, 31, bias=False)
         self.head.weight = self.table.weight
@@ -86,7 +92,14 @@ def train(
 
 
 def _train(
-    out: str, mode: str, num_steps: int, every: int, fused: bool, fails_on: int | None, policy: Any, world: World
+    out: str,
+    mode: str,
+    num_steps: int,
+    every: int,
+    fused: bool,
+    fails_on: int | None,
+    policy: Any,
+    world: World,
 ) -> dict[str, Any]:
     torch.manual_seed(0)
     net = Net()
@@ -116,7 +129,8 @@ def _train(
         if world.size > 1:
             dist.all_reduce(total)
         losses[step] = float(total) / (world.size if mode == "ddp" else 1)
-        if fails_on is not None and step > 1:
+        if fails_on is not None and step == 2:
+            store.finish()
             _fill_disk(fails_on == world.rank)
         if step % every == 0:
             store.save(
@@ -142,10 +156,6 @@ def _train(
 
 
 def _fill_disk(full: bool) -> None:
-    from failing_fs import FailingOs
-
-    from scfm.data import atomic_file
-
     class FullDisk(FailingOs):
         def __getattr__(self, name: str) -> Any:
             self.num_calls = self.nth - 1 if name == "posix_fallocate" else 0
@@ -157,7 +167,3 @@ def _fill_disk(full: bool) -> None:
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def found_by(out: str) -> FoundCheckpoint | None:
-    return CheckpointStore(Path(out)).newest()

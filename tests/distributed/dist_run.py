@@ -139,13 +139,17 @@ def free_port() -> int:
 
 
 def main() -> None:
+    import gc
     import threading
 
     import torch
+    import torch._dynamo  # wrappers and optimisers import it when they are made: two seconds a rank
 
-    sys.path.insert(0, str(FOLDER))
-    import jobs  # noqa: F401  (imports all that a run needs)
+    sys.path[:0] = [str(FOLDER), str(FOLDER.parent / "faults")]
+    import checkpoint_jobs  # noqa: F401
+    import jobs  # noqa: F401  (these import all that a run needs)
 
+    gc.freeze()  # else each rank looks through all of torch whenever it collects
     torch.set_num_threads(1)
     assert threading.active_count() == 1
     ends: dict[int, int] = {}

@@ -51,7 +51,7 @@ def first_error(error: Exception | None) -> Exception | None:
             if rank == rank_and_size()[0]:
                 return error
             kind = getattr(errors, told["kind"], errors.ScfmError)
-            like: Exception = kind(f"rank {rank}: {told['text']}")
+            like: Exception = kind(told["text"])
             if isinstance(like, errors.StorageError):
                 like.errno = told["errno"]
             return like

@@ -34,7 +34,7 @@ def owned_chunks(tensors: Mapping[str, Tensor], rank: int, world_size: int) -> l
     for number, name in enumerate(sorted(tensors)):
         tensor = tensors[name]
         if not is_sharded(tensor):
-            shared.append((name, tensor))
+            shared += [(name, tensor)] if tensor.numel() else []
         elif _takes_turn(name, tensor, number):
             mine += [chunk for chunk in local_chunks(name, tensor) if chunk.values.numel()]
     loads = [0] * world_size
