@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,8 +84,11 @@ def made_vocabulary(
     return ScbertPanel(symbols) if config.family == "scbert" else ScfoundationGenes.of(symbols)
 
 
-def tokenizer_of(config: PretrainConfig, vocab: Vocabulary) -> Any:
-    """The family's tokenizer with the settings of the run."""
+def tokenizer_of(config: PretrainConfig, vocab: Vocabulary, *, is_made: bool) -> Any:
+    """The family's tokenizer with the settings of the run. is_made: the vocabulary was made from the corpus."""
+    # With authors' symbols their own rule counts; with ours, genes are also found by Ensembl id, as they were when the
+    # vocabulary was made.
+    rules: Literal["all", "auto"] = "all" if is_made else "auto"
     if isinstance(vocab, GeneformerDictionaries):
         return GeneformerTokenizer(vocab, max_tokens=config.max_tokens, species=config.species)
     if isinstance(vocab, ScgptVocab):
@@ -97,12 +100,13 @@ def tokenizer_of(config: PretrainConfig, vocab: Vocabulary) -> Any:
             binning="pretrain",
             input_style=shape.input_style,
             cls_value=shape.pad_value,
+            gene_rules=rules,
             species=config.species,
             seed=config.seed,
         )
     if isinstance(vocab, ScbertPanel):
-        return ScbertTokenizer(vocab, species=config.species)
-    return ScfoundationTokenizer(vocab, species=config.species)
+        return ScbertTokenizer(vocab, gene_rules=rules, species=config.species)
+    return ScfoundationTokenizer(vocab, species=config.species, gene_rules=rules)
 
 
 def vocabulary_text(vocab: Vocabulary) -> str:
@@ -183,7 +187,7 @@ def expressed_symbols(
         if not len(source):
             continue
         try:
-            mapping = map_symbols(source.genes, candidates, species=species)
+            mapping = map_symbols(source.genes, candidates, rules="all", species=species)
         except GeneMappingError as error:
             hint = f"{error.hint} Or: {_GIVE_GENES}" if error.hint else _GIVE_GENES
             raise GeneMappingError(error.message, path=source.name, where=error.where, hint=hint) from error

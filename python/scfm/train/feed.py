@@ -160,7 +160,17 @@ class _WindowTokens:
     bounds: dict[int, tuple[int, int]]
 
     def cells_of(self, number: int) -> PackedCells:
-        return self.packed.select(slice(*self.bounds[number]))
+        """A microbatch's cells, not copied: they stand together."""
+        start, stop = self.bounds[number]
+        packed = self.packed
+        offsets = packed.cu_seqlens[start : stop + 1]
+        tokens = slice(int(offsets[0]), int(offsets[-1]))
+        return PackedCells(
+            token_ids=packed.token_ids[tokens],
+            values=None if packed.values is None else packed.values[tokens],
+            cu_seqlens=offsets - offsets[0],
+            cell_ids=packed.cell_ids[start:stop],
+        )
 
 
 class _EpochReading:
