@@ -17,7 +17,7 @@ from scfm.errors import ConfigError
 from scfm.models.scgpt.config import ScgptConfig
 from scfm.models.scgpt.model import Scgpt
 from scfm.tokenize.scgpt_vocab import ScgptVocab
-from scfm.train.cell_views import two_views, view_lengths
+from scfm.train.cell_views import thinned, two_views, view_lengths
 from scfm.train.config import PretrainConfig
 from scfm.train.losses import contrastive_cell_loss
 from scfm.train.objectives import (
@@ -199,9 +199,91 @@ def test_views_share_out_a_cells_genes() -> None:
     assert concatenate([first, second]).num_cells == 80
 
 
+def test_the_contrast_both_ways_and_within_batches() -> None:
+    """By hand, from the embeddings of the two views."""
+    model = tiny_model(num_classes=0)
+    labels = np.arange(20) % 3
+    terms = {"kind": "masked", "views": "random", "cce": 1.0, "expression": 0.0, "mvc": 0.0, "batch": "donor"}
+    both = objective_of(model, labels, **terms, symmetric=True, within_batch=True, temperature=0.1)
+    prepared = both.prepare(cells_of(), epoch=0)
+    cells = model.forward(prepared.packed).cell_embeddings.double()
+    unit = cells / cells.norm(dim=1, keepdim=True)
+    want = 0.0
+    for a, b in (unit.split(12), unit.split(12)[::-1]):
+        for i in range(12):
+            alike = [j for j in range(12) if labels[j] == labels[i]]
+            scores = torch.stack([a[i] @ b[j] / 0.1 for j in alike])
+            want += (scores.logsumexp(0) - scores[alike.index(i)]) / 2
+    assert both.losses(prepared)["cce"].item() == pytest.approx(want.item(), rel=1e-4)
+
+
+def test_one_view_is_found_from_the_other() -> None:
+    model = tiny_model(explicit_zeros=False, num_batch_labels=0, adversary=False)
+    terms = {"kind": "masked", "views": "disjoint", "cce": 1.0, "cross_mvc": True, "mask_ratio": 0.2}
+    objective = objective_of(model, **terms)
+    prepared = objective.prepare(cells_of(), epoch=0)
+    genes = int(cells_of().lengths.sum()) - 12
+    assert prepared.counts["mvc"] == genes > prepared.counts["expression"]
+    out = model.forward(prepared.packed)
+    other = torch.cat([*reversed(out.cell_embeddings.split(12))])
+    predicted = out.mvc_at(torch.arange(prepared.packed.num_tokens), other).prediction[prepared.mvc_rows]
+    want = (predicted - prepared.mvc_targets).square().sum()
+    close_loss(objective.losses(prepared)["mvc"], want.detach())
+    assert (prepared.mvc_targets > 0).all()  # what is hidden from the encoder is asked for as it was
+
+
+@pytest.mark.parametrize("logged", [True, False])
+def test_thinned_views_hold_a_binomial_share_of_the_counts(logged: bool) -> None:
+    draw = np.random.default_rng(0)
+    counts = draw.poisson(6.0, size=(50, 38)) + 1
+    counts[:, 0] = 1
+    rate = 1e4 / counts.sum(axis=1, keepdims=True)
+    values = np.log1p(counts * rate) if logged else counts * rate
+    packed = PackedCells.from_lists([[39, *range(38)]] * 50, [[-2.0, *cell] for cell in values])
+    found = [thinned(packed, (0.3, 0.6), logged=logged, view=view, seed=7, epoch=1) for view in (0, 0, 1)]
+    assert torch.equal(found[0].values, found[1].values) and not torch.equal(
+        found[0].lengths, found[2].lengths
+    )
+    shares = []
+    for cell in range(50):
+        one = found[0].select([cell])
+        assert one.token_ids[0] == 39 and one.values[0] == -2.0
+        seen = one.values[1:].double().numpy()
+        amounts = np.expm1(seen) if logged else seen
+        kept = amounts / amounts.min()  # at the thinned depth: multiples of what one count is worth there
+        share = rate[cell, 0] / amounts.min()
+        shares.append(share)
+        np.testing.assert_allclose(kept, np.rint(kept), atol=1e-3)
+        assert (np.rint(kept) <= counts[cell][one.token_ids[1:].numpy()]).all()
+        assert kept.sum() == pytest.approx(share * counts[cell].sum(), abs=5 * np.sqrt(counts[cell].sum()))
+    assert min(shares) > 0.29 and max(shares) < 0.61 and np.std(shares) > 0.05
+    alone = thinned(packed.select([9]), (0.3, 0.6), logged=logged, view=0, seed=7, epoch=1)
+    assert torch.equal(alone.values, found[0].select([9]).values)
+
+
+def test_a_thinned_contrast_trains() -> None:
+    config = PretrainConfig(
+        **small(),
+        model={"input_style": "log1p"},
+        objective={"kind": "masked", "cce": 1.0, "views": "disjoint", "thinning": [0.3, 1.0]},
+    )
+    model = new_model(config, corpus())
+    objective = make_objective(config, model)
+    packed = model.tokenize(adata())
+    prepared = objective.prepare(packed, epoch=0)
+    assert prepared.num_tokens < int(objective.lengths_of(packed).sum())
+    sum(objective.losses(prepared).values()).backward()
+    assert model.encoder.embedding.weight.grad.any()
+
+
 @pytest.mark.parametrize(
     ("objective", "what"),
     [
+        ({"kind": "masked", "within_batch": True}, "objective.batch"),
+        ({"kind": "masked", "cross_mvc": True}, "contrast"),
+        ({"kind": "masked", "thinning": [0.5, 1.0], "cce": 1.0}, "contrast"),
+        ({"kind": "masked", "thinning": [0.5, 0.1], "cce": 1.0, "views": "random"}, "lesser first"),
+        ({"kind": "masked", "symmetric": 1}, "true or false"),
         ({"king": "masked"}, "did you mean 'kind'"),
         ({"kind": "both"}, "generative"),
         ({"kind": "masked", "second_pass": 0.5}, "second_pass"),
@@ -221,6 +303,8 @@ def test_settings_that_cannot_be_are_named(objective, what) -> None:
 def test_models_that_lack_a_head_are_named() -> None:
     with pytest.raises(ConfigError, match="mvc_style"):
         objective_of(tiny_model(mvc_style=None), kind="masked")
+    with pytest.raises(ConfigError, match="tell no counts"):
+        objective_of(tiny_model(), kind="masked", cce=1.0, views="random", thinning=[0.2, 0.9])
     with pytest.raises(ConfigError, match="has_flags"):
         objective_of(tiny_model(has_flags=False))
     with pytest.raises(ConfigError, match="explicit_zeros"):

@@ -1,8 +1,13 @@
-"""Two views of each cell: two samples of its genes, which a contrast must know for the same cell.
+"""Two views of each cell, which a contrast must know for the same cell: two samples of its genes, and of its counts.
 
 "disjoint": the genes are shared out, so that the two views have nothing in common but the cell; "random": two draws of
-a share of them, independent of each other. <cls> leads both. Genes keep their order and their values. Draws are keyed
-by (seed, epoch, cell, view).
+a share of them, independent of each other. <cls> leads both, and genes keep their order and their values.
+
+Thinned, a cell looks as a shallower sequencing run would have found it: x' ~ Binomial(x, share), with a share of its
+own in each view. Tokens have no counts but values at 10,000 a cell (or their logarithms); the smallest value of a cell
+is taken for one count, which it is in all but the very deepest cells.
+
+All draws are keyed by (seed, epoch, cell, view).
 """
 
 from __future__ import annotations
@@ -14,14 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scfm import _native
+from scfm.data.keyed_draws import words_at
 from scfm.data.packed import PackedCells
 from scfm.tokenize.scgpt_masking import choose_tokens
 
-__all__ = ["GeneSamples", "two_views", "view_lengths"]
+__all__ = ["GeneSamples", "thinned", "two_views", "view_lengths"]
 
 GeneSamples = Literal["random", "disjoint"]
 # Keeps these draws apart from others of the same seed: "vie" and the view's number.
 _PURPOSE = (0x76696530, 0x76696531)
+_THIN = 0x7468696E  # "thin"
 
 
 def two_views(
@@ -45,6 +53,41 @@ def view_lengths(lengths: Tensor, samples: GeneSamples, share: float) -> Tensor:
     if samples == "disjoint":
         return num_genes + 2
     return 2 * (torch.from_numpy(_num_chosen(num_genes.numpy(), samples, share).astype(np.int64)) + 1)
+
+
+def thinned(
+    packed: PackedCells, shares: tuple[float, float], *, logged: bool, view: int, seed: int, epoch: int
+) -> PackedCells:
+    """The view with its counts thinned; genes of which nothing is left are gone.
+
+    packed: cells that begin with <cls>; values per 10,000, ``logged``: ln(1 + x) of that. shares: least and most that
+    are kept, any number between them equally likely.
+    """
+    assert packed.values is not None
+    lengths, starts = packed.lengths.numpy(), packed.cu_seqlens.numpy()[:-1]
+    genes = np.ones(packed.num_tokens, dtype=bool)
+    genes[starts] = False
+    cells = np.repeat(np.arange(packed.num_cells), lengths)
+    values = packed.values.numpy().astype(np.float64)
+    amounts = np.where(genes, np.expm1(values) if logged else values, np.inf)
+    one = np.minimum.reduceat(amounts, starts)[cells]
+    counts = np.where(genes, np.rint(np.divide(amounts, one, out=np.zeros_like(one), where=genes)), 0.0)
+    ids = packed.cell_ids.numpy().astype(np.uint64)
+    key = (seed ^ _PURPOSE[view]) & 0xFFFFFFFFFFFFFFFF
+    uniform = words_at((_THIN, ids, ids >> np.uint64(32), epoch), key).astype(np.float64) / 2.0**32
+    share = shares[0] + (shares[1] - shares[0]) * uniform
+    kept = _native.thin_counts(
+        packed.cu_seqlens.numpy().astype(np.int64),
+        packed.token_ids.numpy(),
+        counts,
+        np.ascontiguousarray(packed.cell_ids.numpy()),
+        share,
+        key,
+        epoch,
+    )
+    found = np.divide(kept * one, share[cells], out=np.zeros_like(kept), where=genes)
+    changed = np.where(genes, np.log1p(found) if logged else found, values).astype(np.float32)
+    return _with_first(replace(packed, values=torch.from_numpy(changed)), torch.from_numpy(kept > 0))
 
 
 def _num_chosen(num_genes: np.ndarray, samples: GeneSamples, share: float) -> np.ndarray:

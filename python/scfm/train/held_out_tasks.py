@@ -213,7 +213,17 @@ class _HiddenValues:
         self, model: Scgpt, settings: ScgptSettings, cells: _Cells, batch_labels: NDArray[np.int64] | None
     ) -> None:
         # Whole cells, whatever views a contrast has.
-        self._settings = replace(settings, cce=0.0, ecs=0.0, dab=0.0, expression=1.0)
+        self._settings = replace(
+            settings,
+            expression=1.0,
+            ecs=0.0,
+            cce=0.0,
+            dab=0.0,
+            views="dropout",
+            thinning=None,
+            cross_mvc=False,
+            within_batch=False,
+        )
         self._cells = cells
         self._labels = batch_labels
         genes, owners, values, visible = [], [], [], []

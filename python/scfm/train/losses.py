@@ -89,17 +89,24 @@ def contrastive_cell_loss(first: Tensor, second: Tensor) -> Tensor:
 
 
 def contrastive_cell_losses(
-    first: Tensor, second: Tensor, temperature: float = CONTRAST_TEMPERATURE
+    first: Tensor,
+    second: Tensor,
+    temperature: float = CONTRAST_TEMPERATURE,
+    *,
+    groups: Tensor | None = None,
 ) -> Tensor:
     """Contrastive cell embedding: of all cells of the second view, each cell must know itself.
 
     Cross-entropy, in nats, of cos / temperature, (C,). first, second: float32 (C, hidden_size), two views of the same
     cells: two draws of dropout, or two samples of their genes. Without any difference both are equal, and the loss says
-    only how alike different cells are.
+    only how alike different cells are. groups: int64 (C,), where a cell need only be told from those of its own group.
     """
     cosine = F.normalize(first.float(), dim=1) @ F.normalize(second.float(), dim=1).T
+    logits = cosine / temperature
+    if groups is not None:
+        logits = logits.masked_fill(groups.unsqueeze(1) != groups, -torch.inf)
     own = torch.arange(len(first), device=first.device)
-    return F.cross_entropy(cosine / temperature, own, reduction="none")
+    return F.cross_entropy(logits, own, reduction="none")
 
 
 def _mean(losses: Tensor) -> Tensor:

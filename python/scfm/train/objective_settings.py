@@ -40,7 +40,10 @@ class ScgptSettings:
 
     expression .. dab: weights of the parts, 0 leaving one out. second_pass_after: optimiser steps without it.
     Of "masked" alone: views: the contrast's, "dropout", "random" or "disjoint" genes; view_share: of the genes in each
-    "random" one; temperature: of the contrast; batch: the column of obs that tells a cell's batch, for dab.
+    "random" one; thinning: least and most of a cell's counts that are kept in each of these views; temperature: of the
+    contrast; symmetric: each view's cells must be known in the other; batch: the column of obs that tells a cell's
+    batch, for dab; within_batch: a cell need only be told from those of its batch; cross_mvc: mvc asks for all genes of
+    one view from the embedding of the other, which never saw them, and not for the hidden ones.
     """
 
     kind: str = "generative"
@@ -56,8 +59,12 @@ class ScgptSettings:
     dab: float = 0.0
     views: Literal["dropout", "random", "disjoint"] = "dropout"
     view_share: float = 0.5
+    thinning: list[float] | None = None
     temperature: float = 0.5
+    symmetric: bool = False
     batch: str | None = None
+    within_batch: bool = False
+    cross_mvc: bool = False
 
     def __post_init__(self) -> None:
         _expect_choice("kind", self.kind, ("generative", "masked"))
@@ -78,9 +85,11 @@ class ScgptSettings:
             )
         if self.batch is not None and not isinstance(self.batch, str):
             raise ConfigError(f"{self.batch!r:.60}; expected a column of obs", where="objective.batch")
-        if self.dab and self.batch is None:
+        self._check_views()
+        if (self.dab or self.within_batch) and self.batch is None:
             raise ConfigError(
-                "dab needs the column of obs that tells a cell's batch", where="objective.batch"
+                "dab and within_batch need the column of obs that tells a cell's batch",
+                where="objective.batch",
             )
         only = _GENERATIVE_ONLY if self.kind == "masked" else _MASKED_ONLY
         for field in fields(self):
@@ -90,6 +99,30 @@ class ScgptSettings:
                 )
         if not any(getattr(self, name) for name in ("expression", "mvc", "ecs", "cce", "dab")):
             raise ConfigError("every part has weight 0", where="objective")
+
+    def _check_views(self) -> None:
+        for name in ("symmetric", "within_batch", "cross_mvc"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(
+                    f"{getattr(self, name)!r:.60}; expected true or false", where=f"objective.{name}"
+                )
+        two = self.cce and self.views != "dropout"
+        for name in ("thinning", "cross_mvc"):
+            if getattr(self, name) and not two:
+                raise ConfigError(
+                    'needs a contrast (cce) of "random" or "disjoint" views', where=f"objective.{name}"
+                )
+        shares = self.thinning
+        if shares is not None and not (
+            isinstance(shares, list)
+            and len(shares) == 2
+            and all(isinstance(share, int | float) for share in shares)
+            and 0 < shares[0] <= shares[1] <= 1
+        ):
+            raise ConfigError(
+                f"{shares!r:.60}; expected two shares from above 0 to 1, the lesser first",
+                where="objective.thinning",
+            )
 
     def known_ratios(self) -> float | list[float]:
         """Shares of the genes that are unknown in generation."""
@@ -136,17 +169,17 @@ class ScfoundationSettings:
 
 
 _GENERATIVE_ONLY = ("second_pass", "second_pass_after")
-_MASKED_ONLY = (
+_MASKED_ONLY: tuple[str, ...] = (
     "expressed",
     "mvc_expressed",
     "ecs",
     "cce",
     "dab",
-    "views",
-    "view_share",
-    "temperature",
     "batch",
+    "within_batch",
+    "cross_mvc",
 )
+_MASKED_ONLY += ("views", "view_share", "thinning", "temperature", "symmetric")
 ObjectiveSettings = GeneformerSettings | ScgptSettings | ScbertSettings | ScfoundationSettings
 _OF_FAMILY: dict[str, Callable[..., ObjectiveSettings]] = {
     "geneformer": GeneformerSettings,

@@ -32,7 +32,7 @@ from scfm.models.scgpt.decoders import Expression
 from scfm.models.scgpt.model import Scgpt
 from scfm.models.scgpt.output import ScgptOutput
 from scfm.tokenize.scgpt_masking import hide_share
-from scfm.train.cell_views import GeneSamples, two_views, view_lengths
+from scfm.train.cell_views import GeneSamples, thinned, two_views, view_lengths
 from scfm.train.losses import (
     cell_similarity_losses,
     contrastive_cell_losses,
@@ -123,13 +123,16 @@ class ScgptGenerative:
 
 @dataclass(frozen=True)
 class HiddenExpression(Prepared):
-    """rows: int64 (M,), the hidden tokens of the pack; targets: float32 (M,), their values; num_views: the pack holds
-    the cells this many times, all of one view, then all of the next; batch_labels: int64 (cells of the pack,) or None;
-    inputs: what the model's forward takes beside the pack.
+    """rows: int64 (M,), the hidden tokens of the pack; targets: float32 (M,), their values; mvc_rows, mvc_targets: the
+    same of those that the cells' embeddings are asked for; num_views: the pack holds the cells this many times, all of
+    one view, then all of the next; batch_labels: int64 (cells of the pack,) or None; inputs: what the model's forward
+    takes beside the pack.
     """
 
     rows: Tensor
     targets: Tensor
+    mvc_rows: Tensor
+    mvc_targets: Tensor
     num_views: int
     batch_labels: Tensor | None
     inputs: dict[str, Any]
@@ -159,7 +162,7 @@ class ScgptMasked:
         self.seed = seed
         self.batch_labels = None if batch_labels is None else torch.from_numpy(batch_labels.astype(np.int64))
         _expect_heads(model, settings)
-        if self.batch_labels is None and (settings.dab or _reads_labels(model)):
+        if self.batch_labels is None and (settings.dab or settings.within_batch or _reads_labels(model)):
             raise ConfigError("needs the cells' batches", where="objective.batch")
         zeros = model.config.explicit_zeros
         names = ("expression", "expressed", "mvc", "mvc_expressed", "ecs", "cce", "dab")
@@ -184,12 +187,8 @@ class ScgptMasked:
         return view_lengths(packed.lengths, self._samples, self.settings.view_share)
 
     def prepare(self, packed: PackedCells, *, epoch: int) -> HiddenExpression:
-        views = [packed]
-        if self._samples is not None:
-            share = self.settings.view_share
-            views = list(two_views(packed, self._samples, share=share, seed=self.seed, epoch=epoch))
         shown, values, hidden = [], [], []
-        for number, view in enumerate(views):
+        for number, view in enumerate(self._views(packed, epoch)):
             masked = hide_share(
                 view,
                 self.settings.hidden_ratio(),
@@ -201,21 +200,39 @@ class ScgptMasked:
             shown.append(masked.packed)
             values.append(view.values)
             hidden.append(masked.hidden)
-        cells = concatenate(shown)
+        cells, real = concatenate(shown), torch.cat(values)
         rows = torch.cat(hidden).nonzero().flatten()
+        mvc_rows = _genes_of(cells) if self.settings.cross_mvc else rows
         labels = None if self.batch_labels is None else self.batch_labels[cells.cell_ids]
-        counts = dict.fromkeys(("expression", "expressed", "mvc", "mvc_expressed"), len(rows))
+        counts = dict.fromkeys(("expression", "expressed"), len(rows))
+        counts |= dict.fromkeys(("mvc", "mvc_expressed"), len(mvc_rows))
         counts |= {"ecs": packed.num_cells**2, "cce": packed.num_cells, "dab": cells.num_cells}
         return HiddenExpression(
             cells,
             {name: counts[name] for name in self.weights},
             cells.num_tokens * self._num_passes,
-            rows,
-            torch.cat(values)[rows],
-            len(views),
-            labels,
-            {"batch_labels": labels} if labels is not None and _reads_labels(self.model) else {},
+            rows=rows,
+            targets=real[rows],
+            mvc_rows=mvc_rows,
+            mvc_targets=real[mvc_rows],
+            num_views=len(shown),
+            batch_labels=labels,
+            inputs={"batch_labels": labels} if labels is not None and _reads_labels(self.model) else {},
         )
+
+    def _views(self, packed: PackedCells, epoch: int) -> list[PackedCells]:
+        if self._samples is None:
+            return [packed]
+        settings, seed = self.settings, self.seed
+        views = two_views(packed, self._samples, share=settings.view_share, seed=seed, epoch=epoch)
+        if settings.thinning is None:
+            return list(views)
+        shares = (settings.thinning[0], settings.thinning[1])
+        logged = self.model.config.input_style == "log1p"
+        return [
+            thinned(view, shares, logged=logged, view=number, seed=seed, epoch=epoch)
+            for number, view in enumerate(views)
+        ]
 
     def losses(self, prepared: Prepared) -> dict[str, Tensor]:
         assert isinstance(prepared, HiddenExpression)
@@ -226,7 +243,11 @@ class ScgptMasked:
         if "expression" in self.weights:
             self._add(found, "expression", "expressed", out.expression_at(rows), targets)
         if "mvc" in self.weights:
-            self._add(found, "mvc", "mvc_expressed", out.mvc_at(rows), targets)
+            cells = out.cell_embeddings
+            if self.settings.cross_mvc:
+                cells = cells.roll(prepared.num_cells, 0)
+            predicted = out.mvc_at(prepared.mvc_rows.to(device), cells)
+            self._add(found, "mvc", "mvc_expressed", predicted, prepared.mvc_targets.to(device))
         losses: dict[str, Callable[[], Tensor]] = {
             "ecs": lambda: cell_similarity_losses(
                 out.cell_embeddings[: prepared.num_cells], self.model.config.ecs_threshold
@@ -252,7 +273,21 @@ class ScgptMasked:
             )
         else:
             first, second = out.cell_embeddings.chunk(2)
-        return contrastive_cell_losses(first, second, self.settings.temperature).sum()
+        temperature = self.settings.temperature
+        groups = None
+        if self.settings.within_batch:
+            groups = _labels(prepared)[: prepared.num_cells].to(first.device)
+        found = contrastive_cell_losses(first, second, temperature, groups=groups).sum()
+        if self.settings.symmetric:
+            found = (found + contrastive_cell_losses(second, first, temperature, groups=groups).sum()) / 2
+        return found
+
+
+def _genes_of(packed: PackedCells) -> Tensor:
+    """Rows of all tokens but each cell's first, int64."""
+    genes = torch.ones(packed.num_tokens, dtype=torch.bool)
+    genes[packed.cu_seqlens[:-1].to(torch.int64)] = False
+    return genes.nonzero().flatten()
 
 
 def _counts(name: str, settings: ScgptSettings, explicit_zeros: bool) -> bool:
@@ -270,6 +305,10 @@ def _expect_heads(model: Scgpt, settings: ScgptSettings) -> None:
             "the model has no decoder from cell embeddings",
             where="model.mvc_style",
             hint="Or objective.mvc=0.",
+        )
+    if settings.thinning is not None and model.config.input_style == "binned":
+        raise ConfigError(
+            "bins tell no counts", where="objective.thinning", hint='Set model.input_style="log1p".'
         )
     if settings.dab and model.grad_reverse_discriminator is None:
         raise ConfigError("the model has no classifier of batches", where="model.adversary")

@@ -95,10 +95,11 @@ class ScgptOutput(ModelOutput):
         with self.as_in_forward():
             return self._model.decode(self.hidden.index_select(0, rows), self._inputs.at(rows))
 
-    def mvc_at(self, rows: Tensor) -> Expression:
-        """The same from the cells' embeddings."""
+    def mvc_at(self, rows: Tensor, cells: Tensor | None = None) -> Expression:
+        """The same from the cells' embeddings, or from others, (C, hidden_size), in their place."""
         with self.as_in_forward():
-            return self._model.decode_from_cells(self.cell_embeddings, self._inputs, rows)
+            cells = self.cell_embeddings if cells is None else cells
+            return self._model.decode_from_cells(cells, self._inputs, rows)
 
     def sampled_expression(self, *, seed: int = 0) -> Tensor:
         """``expression`` where a draw of P(expressed) says so, else 0 (the original's do_sample).
