@@ -64,7 +64,7 @@ class WindowPlan(Protocol):
         """The windows to read, ascending."""
 
     def joined(self, number: int) -> NDArray[np.int64]:
-        """The window's cells, in order, as positions in the parts laid end to end."""
+        """The window's cells, in order, as positions in the parts laid end to end; there may be none."""
 
     def touching(self, part: int) -> Sequence[int]:
         """Ascending, of ``numbers`` at least those that hold a cell of the part."""
@@ -109,6 +109,8 @@ def _by_part(
     joined: NDArray[np.int64], ends: NDArray[np.int64]
 ) -> dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Part number to its cells (positions in the part) and their slots, both in the window's order."""
+    if not len(joined):
+        return {}
     part_of = np.searchsorted(ends, joined, side="right")
     slots = np.argsort(part_of, kind="stable")
     present, firsts = np.unique(part_of[slots], return_index=True)

@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 __all__ = ["ReadAhead"]
 
 _CLOSE_SECONDS = 10.0
+_LOOK_UP_SECONDS = 0.5
 
 T = TypeVar("T")
 
@@ -40,7 +41,8 @@ class ReadAhead(Generic[T]):
     def __next__(self) -> T:
         with self._changed:
             while not (self._ready or self._ended or self._closed):
-                self._changed.wait()
+                # A signal that another thread received is only looked at when this one wakes.
+                self._changed.wait(_LOOK_UP_SECONDS)
             if self._ready:
                 self._changed.notify_all()
                 return self._ready.popleft()
