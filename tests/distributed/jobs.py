@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import time
+import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +22,8 @@ from scfm.train.geneformer_pretraining import GeneformerPretraining
 from scfm.train.launch import joined
 from scfm.train.objective_settings import GeneformerSettings
 from scfm.train.parallel import ParallelModel
+from scfm.train.pretrain import pretrain
+from scfm.train.step_agreement import StepTotals
 
 GENES = [f"ENSG{i:011d}" for i in range(1, 61)]
 
@@ -71,9 +79,6 @@ def _cells(number: int) -> PackedCells:
 
 def meet_and_part(fault: str, rank: int, timeout_seconds: float) -> str:
     """Ranks meet, one of them meets with a fault, and all part; what the process group makes of that."""
-    import os
-    import time
-
     mine = int(os.environ["RANK"]) == rank
     with joined("cpu", timeout_seconds) as world:
         if mine and fault == "raises":
@@ -90,3 +95,77 @@ def meet_and_part(fault: str, rank: int, timeout_seconds: float) -> str:
         module = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
         module(torch.zeros(2, 4)).sum().backward()
     return "parted"
+
+
+def train(settings: dict[str, Any], fault: dict[str, Any] | None = None, slow: float = 0.0) -> dict[str, Any]:
+    """A whole run, or what is left of it. fault: {"rank", "step", "what"}: before it takes part in that step this rank
+    is killed ("kill"), gets a signal twice ("SIGTERM", "SIGUSR1"), or meets a loss that is no number ("nan", from that
+    step on "nans"). slow: seconds a step. Returns how it ended and, of this rank, the cells of each step.
+    """
+    warnings.filterwarnings("ignore", message="token_budget")
+    cells: dict[int, list[int]] = {}
+    told: list[dict[str, Any]] = []
+    rank = int(os.environ.get("RANK", "0"))
+    first_step = _first_step(Path(settings["out"]))
+    agreed = StepTotals.agreed
+
+    def watched(world: Any, microbatches: Any, terms: Any, **facts: Any) -> StepTotals:
+        step = first_step + len(cells) + 1
+        cells[step] = [cell for prepared in microbatches for cell in prepared.cell_ids.tolist()]
+        time.sleep(slow)
+        if fault is not None and fault["rank"] == rank:
+            _do(fault["what"], fault["step"], step)
+        return agreed(world, microbatches, terms, **facts)
+
+    StepTotals.agreed = watched  # type: ignore[method-assign, assignment]
+    result = pretrain(settings, progress=told.append)
+    return {
+        "step": result.step,
+        "stopped": result.stopped,
+        "cells": cells,
+        "events": [line for line in told if "event" in line],
+        "weights": _checksum(result.model),
+    }
+
+
+def _first_step(out: Path) -> int:
+    """The newest checkpoint's; no test leaves a damaged one."""
+    return max((int(path.name[5:]) for path in (out / "checkpoints").glob("step-*")), default=0)
+
+
+def _do(what: str, when: int, step: int) -> None:
+    losses = GeneformerPretraining.losses
+    if what in ("nan", "nans") and (step == when or (step > when and what == "nans")):
+        GeneformerPretraining.losses = _not_finite  # type: ignore[method-assign]
+    elif what in ("nan", "nans"):
+        GeneformerPretraining.losses = _SOUND_LOSSES  # type: ignore[method-assign]
+    elif step == when and what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif step == when:
+        assert losses is _SOUND_LOSSES
+        for _ in range(2):
+            os.kill(os.getpid(), getattr(signal, what))
+
+
+_SOUND_LOSSES = GeneformerPretraining.losses
+
+
+def _not_finite(objective: GeneformerPretraining, prepared: Any) -> dict[str, torch.Tensor]:
+    return {name: loss * float("nan") for name, loss in _SOUND_LOSSES(objective, prepared).items()}
+
+
+def _checksum(model: torch.nn.Module) -> str:
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def losses_of(out: Path) -> list[float]:
+    """Of every step, from the file that users read."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "event" not in line]
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
+    return [line["loss"] for line in steps]

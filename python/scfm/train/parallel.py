@@ -45,7 +45,7 @@ class TrainingModule(nn.Module):
     def __init__(self, objective: PretrainingObjective) -> None:
         super().__init__()
         self.model: FoundationModel = objective.model
-        self._losses = objective.losses
+        self._objective = objective
 
     def forward(
         self, prepared: Prepared, weights: Mapping[str, float], counts: Mapping[str, int]
@@ -54,7 +54,7 @@ class TrainingModule(nn.Module):
 
         weights: of the terms at this step; counts: each term's units in the whole step, of all ranks.
         """
-        sums = self._losses(prepared)
+        sums = self._objective.losses(prepared)
         loss = sum(
             (sums[term] * (weight / max(counts[term], 1)) for term, weight in weights.items()),
             start=torch.zeros((), device=self.model.device),
