@@ -184,7 +184,7 @@ def test_the_model_is_left_as_it_was() -> None:
     assert out.expression.requires_grad
 
 
-def test_probes_stand_beside_pca_and_random_weights(tmp_path) -> None:
+def test_probes_stand_beside_pca_and_the_untrained_model(tmp_path) -> None:
     cells = cells_of(150, seed=3)
     cells.obs.loc[cells.obs_names[:10], "kind"] = np.nan
     cells.write_h5ad(tmp_path / "kinds.h5ad")
@@ -199,14 +199,14 @@ def test_probes_stand_beside_pca_and_random_weights(tmp_path) -> None:
     names = {
         f"probe/kinds-{n}/{who}{score}"
         for n in (1, 2)
-        for who in ("", "pca-50/", "random-weights/")
+        for who in ("", "pca-50/", "before-training/")
         for score in ("knn", "linear")
     }
     assert set(found.metrics) == names
     assert found.metrics["probe/kinds-1/pca-50/knn"] > 0.9
     first, second = found.reports
     assert first.num_train + first.num_test == 140 > second.num_train + second.num_test
-    assert "PCA-50" in found.to_text() and "random weights" in found.to_text()
+    assert "PCA-50" in found.to_text() and "before training" in found.to_text()
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,13 @@
 """How well cell types are found in the embedding of a labelled set: loss and embedding part ways, so both are watched.
 
 Two scores, the vote of the 15 nearest cells and a linear classifier, on a fixed split of the set; beside them PCA's,
-fitted on the set itself without its labels, and those of the same model with random weights, which tell how much of a
-score is the tokens' and not the training's.
+fitted on the set itself without its labels, and those of the run's model before its first step, which tell how much of
+a score is the tokens' (or that of the vectors that genes started from) and not the training's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ from scfm.train.corpus_cells import cells_where, opened
 
 __all__ = ["EmbeddingProbe"]
 
-OURS, PCA, RANDOM = "ours", "PCA-50", "random weights"
+OURS, PCA, UNTRAINED = "ours", "PCA-50", "before training"
 NUM_NEIGHBORS = 15
 _KNN, _LINEAR = Metric("kNN accuracy"), Metric("linear accuracy")
 _SPLIT = "cells at random within each label"
@@ -83,10 +83,10 @@ class EmbeddingProbe:
             )
         self._others: dict[str, NDArray[np.float32]] = {}
 
-    def __call__(self, model: FoundationModel, fresh: FoundationModel) -> Report:
-        """fresh: the same model with random weights; read the first time only."""
+    def __call__(self, model: FoundationModel, untrained: Callable[[], FoundationModel]) -> Report:
+        """untrained: gives the model as it was before the first step; called the first time only."""
         if not self._others:
-            self._others = {PCA: _pca(self.source), RANDOM: _embedded(fresh, self.source)}
+            self._others = {PCA: _pca(self.source), UNTRAINED: _embedded(untrained(), self.source)}
         embeddings = {OURS: _embedded(model, self.source), **self._others}
         # Cells without any known gene have no embedding in any of the models; PCA leaves them out too.
         known = np.logical_and.reduce([np.isfinite(points).all(axis=1) for points in embeddings.values()])
@@ -102,13 +102,13 @@ class EmbeddingProbe:
         rows = [
             Row(OURS, "ours", values[OURS]),
             Row(PCA, "baseline", values[PCA], note="fitted on this set"),
-            Row(RANDOM, "control", values[RANDOM]),
+            Row(UNTRAINED, "control", values[UNTRAINED]),
         ]
         gains: dict[tuple[str, str], Interval] = {
             (other, metric): paired_bootstrap(
                 correct[OURS][metric], correct[other][metric], num_resamples=500, seed=self.seed
             )
-            for other in (PCA, RANDOM)
+            for other in (PCA, UNTRAINED)
             for metric in (_KNN.name, _LINEAR.name)
         }
         return Report(

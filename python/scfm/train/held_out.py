@@ -1,7 +1,7 @@
 """Evaluation during training: held-out cells beside baselines, labelled sets beside PCA. No score without them.
 
 One call, on one rank with a whole model, gives numbers for the log and tables for people. What does not change with
-the weights (baselines, PCA, random weights) is worked out the first time. The model is left as it was found.
+the weights (baselines, PCA, the untrained model) is worked out the first time. The model is left as it was found.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,9 +93,8 @@ class HeldOutEvaluation:
                 report = self._held_out(model)
                 reports.append(report)
                 metrics |= _held_out_metrics(report)
-            fresh = self._fresh(model) if self._probes else model
             for probe in self._probes:
-                report = probe(model, fresh)
+                report = probe(model, partial(self._untrained, model))
                 reports.append(report)
                 metrics |= probe.metrics(report)
         return HeldOutResult(metrics, tuple(reports))
@@ -122,11 +122,11 @@ class HeldOutEvaluation:
             seed=config.seed,
         )
 
-    def _fresh(self, model: FoundationModel) -> FoundationModel:
+    def _untrained(self, model: FoundationModel) -> FoundationModel:
         """The run's model as it was before the first step."""
         num_labels = getattr(model.config, "num_batch_labels", 0)
-        fresh = new_model(self.config, self.corpus, num_batch_labels=num_labels)
-        return fresh.to(model.device).set_compute_dtype(model.compute_dtype).eval()
+        found = new_model(self.config, self.corpus, num_batch_labels=num_labels)
+        return found.to(model.device).set_compute_dtype(model.compute_dtype).eval()
 
 
 def _report(
