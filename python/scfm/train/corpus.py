@@ -182,7 +182,7 @@ class Corpus:
 
     # ---- lengths --------------------------------------------------------------------------------------------------
 
-    def measure(self, lengths_of: LengthsOf, *, watch: Watch | None = None) -> None:
+    def measure(self, lengths_of: LengthsOf) -> None:
         """Find the length of every training cell, in one pass over the data or in the run's folder.
 
         lengths_of: the objective's, int64 (C,) of a pack, 0 for cells that cannot be trained on. Rank 0 makes the pass
