@@ -226,6 +226,10 @@ def test_probes_that_do_not_fit_are_named_at_once(tmp_path, probe, what) -> None
 
 def test_nothing_to_evaluate_on_is_said() -> None:
     config, corpus = run_of("scgpt")
+    whole = corpus.held_out_pack
+    corpus.held_out_pack = lambda most: whole(0)
+    with pytest.raises(ConfigError, match="no held-out cell has a token"):
+        HeldOutEvaluation(config, corpus)(new_model(config, corpus))
     corpus.num_held_out = 0
     with pytest.raises(ConfigError, match="held_out_fraction"):
         HeldOutEvaluation(config, corpus)

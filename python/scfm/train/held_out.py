@@ -104,6 +104,8 @@ class HeldOutEvaluation:
         if self._task is None:
             self._training = self.corpus.training_pack(BASELINE_CELLS)
             self._cells = self.corpus.held_out_pack(config.held_out_cells)
+            if not self._cells.num_cells:
+                raise ConfigError("no held-out cell has a token", where="held_out_fraction")
             self._task = held_out_task(
                 model,
                 objective_settings(config.family, config.objective),
