@@ -7,7 +7,11 @@ are read from metrics.jsonl: what a user would see.
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -202,3 +206,25 @@ def test_row_72_and_81_what_is_refused_is_refused_on_all_ranks(ranks, settings, 
     second = train(ranks, 2, settings, tmp_path / "run")
     assert [one.code for one in second] == [1, 1] and "another job is at work here" in second[0].output
     assert finished(ranks.wait_all(first))["step"] == NUM_STEPS
+
+
+def test_row_67_torchrun_starts_killed_ranks_again(settings, two_ranks, tmp_path) -> None:
+    """The command line under torchrun: both ranks die in their third save, and the next start finishes the run."""
+    config = tmp_path / "config.toml"
+    lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
+    config.write_text("\n".join(lines) + "\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, "--max-restarts=3", "--monitor-interval=0.2", "--no-python"]
+    command += [str(Path(sys.executable).with_name("scfm")), "pretrain"]
+    environment = {**os.environ, "SCFM_CRASH_AT": "shard_written:3", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(config), f"out={tmp_path / 'run'}", "--json"],
+        env=environment, capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["steps"] == NUM_STEPS
+    assert losses_of(tmp_path / "run") == two_ranks[0]
+    events = [
+        line for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if "resumed" in line
+    ]
+    assert [json.loads(line)["step"] for line in events] == [6]
