@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent
-ROWS = [*range(16, 48), *range(49, 66)]
+ROWS = [13, *range(16, 48), *range(49, 83)]
 
 
 def table() -> dict[int, list[tuple[str, str]]]:
