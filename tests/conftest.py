@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -92,3 +94,13 @@ def tiny_adata() -> ad.AnnData:
     adata = ad.AnnData(counts_of(), var=pd.DataFrame(index=GENES))
     adata.obs["kind"] = pd.Categorical([f"kind{i % 3}" for i in range(adata.n_obs)])
     return adata
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Any]:
+    """distributed/dist_run.py's Ranks, one server of them for all tests: torch is imported once."""
+    sys.path.append(str(Path(__file__).parent / "distributed"))
+    from dist_run import Ranks
+
+    with Ranks() as started:
+        yield started

@@ -93,9 +93,9 @@ def commit(folder: Path, partial: Path, manifest: Manifest, owner: str) -> tuple
     _expect_visible(partial, manifest)
     crash_point("before_manifest")
     text = manifest.to_json().encode()
-    create_once(partial / MANIFEST_FILE, [text])
+    create_once(partial / MANIFEST_FILE, [text], at=crash_point)
     crash_point("before_committed")
-    create_once(partial / COMMITTED_FILE, [f"{zlib.crc32(text):08x}\n".encode()])
+    create_once(partial / COMMITTED_FILE, [f"{zlib.crc32(text):08x}\n".encode()], at=crash_point)
     final = step_folder(folder, manifest.step)
     set_aside = [_set_aside(folder, step, owner) for step in committed_steps(folder) if step >= manifest.step]
     crash_point("before_rename")
