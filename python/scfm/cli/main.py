@@ -15,6 +15,7 @@ from scfm.cli import (
     impute,
     inspect,
     map,
+    plan,
     pretrain,
     tokenize,
     verify,
@@ -50,6 +51,7 @@ app.command("embed")(embed.embed)
 app.command("verify")(verify.verify)
 app.command("export")(export.export)
 app.command("pretrain")(pretrain.pretrain)
+app.command("plan")(plan.plan)
 app.command("map")(map.map_cells)
 app.command("generate")(generate.generate)
 app.command("impute")(impute.impute)
