@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy import sparse
-from torch import Tensor
 
 from scfm import __version__, _native
 from scfm.data.packed import PackedCells, concatenate
@@ -33,6 +33,7 @@ from scfm.train.coexpression import MOST_CELLS, coexpression_vectors, counts_by_
 from scfm.train.config import PretrainConfig
 from scfm.train.corpus_cells import keyed_words, open_cells
 from scfm.train.corpus_folder import CorpusFolder, file_stamps
+from scfm.train.corpus_lengths import LengthsOf, differences, fingerprint_of, measure_cells
 from scfm.train.corpus_vocabulary import (
     Vocabulary,
     build_dictionaries,
@@ -46,7 +47,6 @@ from scfm.train.microbatch_plan import MicrobatchPlan, expect_cells_fit
 
 __all__ = ["Corpus", "LengthsOf", "build_dictionaries", "read_corpus"]
 
-LengthsOf = Callable[[PackedCells], Tensor]
 Watch = Callable[[], None]
 
 _FOLDER = "corpus"
@@ -221,16 +221,7 @@ class Corpus:
             )
 
     def _measure(self, lengths_of: LengthsOf) -> tuple[NDArray[np.unsignedinteger], dict[str, Any]]:
-        lengths = np.zeros(len(self), dtype=np.uint32)
-        ends = np.cumsum([len(part) for part in self.parts])
-        checksums = [_TokensChecksum() for _ in ends]
-        for packed in self.tokenizer.packs(self.cells):
-            if packed.num_cells:
-                ids = packed.cell_ids.numpy()
-                lengths[ids] = lengths_of(packed).numpy()
-                part = int(np.searchsorted(ends, ids[0], side="right"))
-                checksums[part].add(packed)
-            self._folder.sign()
+        lengths, checksums = measure_cells(self.tokenizer, self.cells, lengths_of, self._folder.sign)
         lengths[self.held_out] = 0
         if not lengths.size or lengths.max() <= np.iinfo(np.uint16).max:
             lengths = lengths.astype(np.uint16)
@@ -239,28 +230,10 @@ class Corpus:
             "num_training": num_training,
             "num_tokens": int(lengths.sum(dtype=np.int64)),
             "num_without_tokens": len(self) - self.num_held_out - num_training,
-            "fingerprint": self._fingerprint(lengths, [checksum.crc32 for checksum in checksums]),
+            "fingerprint": fingerprint_of(self.parts, lengths, checksums, self._vocabulary_sha256),
         }
 
-    def _fingerprint(self, lengths: NDArray[np.unsignedinteger], checksums: Sequence[int]) -> dict[str, Any]:
-        files = [
-            {
-                "name": part.name,
-                "cells": len(part),
-                "genes": part.num_genes,
-                "counts_from": part.counts_from,
-                "tokens_crc32": checksum,
-            }
-            for part, checksum in zip(self.parts, checksums, strict=True)
-        ]
-        return {
-            "files": files,
-            "vocabulary_sha256": self._vocabulary_sha256,
-            "num_training": int(np.count_nonzero(lengths)),
-            "lengths_crc32": zlib.crc32(lengths.tobytes()),
-        }
-
-    @property
+    @cached_property
     def _vocabulary_sha256(self) -> str:
         return hashlib.sha256(vocabulary_text(self.tokenizer.vocab).encode()).hexdigest()
 
@@ -412,21 +385,7 @@ class Corpus:
 
         Where files lie and how they are compressed makes no difference: cells and tokens do.
         """
-        mine = self.fingerprint
-        old, new = fingerprint.get("files", []), mine["files"]
-        if len(old) != len(new):
-            return [f"{len(new)} data files instead of {len(old)}"]
-        told = []
-        for before, now in zip(old, new, strict=True):
-            if before.get("cells") != now["cells"]:
-                told.append(f"{now['name']} has {now['cells']:,} cells instead of {before.get('cells'):,}")
-            elif before.get("tokens_crc32") != now["tokens_crc32"]:
-                told.append(f"{now['name']} has other cells or counts than {before.get('name')} had")
-        if fingerprint.get("vocabulary_sha256") != mine["vocabulary_sha256"]:
-            told.append("the vocabulary is another")
-        if not told and fingerprint.get("lengths_crc32") != mine["lengths_crc32"]:
-            told.append("other cells are held out, or cells have other lengths")
-        return told
+        return differences(fingerprint, self.fingerprint)
 
 
 @dataclass(frozen=True)
@@ -452,22 +411,6 @@ def _cells_key(held_out: NDArray[np.bool_], stamps: list[dict[str, Any]]) -> dic
         "files": stamps,
         "held_out_crc32": zlib.crc32(np.packbits(held_out).tobytes()),
     }
-
-
-class _TokensChecksum:
-    """Of cells that come in packs of any size."""
-
-    def __init__(self) -> None:
-        self._crcs = [0, 0, 0]
-
-    def add(self, packed: PackedCells) -> None:
-        for i, tensor in enumerate((packed.token_ids, packed.values, packed.lengths)):
-            if tensor is not None:
-                self._crcs[i] = zlib.crc32(tensor.contiguous().numpy().data, self._crcs[i])
-
-    @property
-    def crc32(self) -> int:
-        return zlib.crc32(repr(self._crcs).encode())
 
 
 def _save_text(path: Path, text: str) -> None:

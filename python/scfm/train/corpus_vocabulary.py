@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from scfm.data.csr import CsrBlock
@@ -24,6 +25,7 @@ from scfm.errors import ConfigError, GeneMappingError
 from scfm.models.scgpt.config import ScgptConfig
 from scfm.tokenize.dictionaries import GeneformerDictionaries
 from scfm.tokenize.geneformer import GeneformerTokenizer, filter_pass_of, library_size_of
+from scfm.tokenize.planned_genes import PlannedGenes
 from scfm.tokenize.scbert import ScbertTokenizer
 from scfm.tokenize.scbert_panel import ScbertPanel
 from scfm.tokenize.scfoundation import ScfoundationTokenizer
@@ -144,11 +146,16 @@ def build_dictionaries(
     number = {gene: i for i, gene in enumerate(vocabulary)}
     identity = {gene: gene for gene in vocabulary}
     collected = GeneMedians(len(vocabulary))
+
+    def plan(genes: pd.DataFrame, species: str) -> tuple[GeneMapping, NDArray[np.int32]]:
+        mapping = map_genes(genes, known=identity, vocabulary=vocabulary, species=species)
+        return mapping, _column_gene(mapping, number)
+
+    planned = PlannedGenes(plan)
     for i, source in enumerate(sources):
         if not len(source):
             continue
-        mapping = map_genes(source.genes, known=identity, vocabulary=vocabulary, species=species)
-        column_gene = _column_gene(mapping, number)
+        mapping, column_gene = planned.of(source.genes, species)
         rows = _training_rows(source, None if held_out is None else held_out[i])
         library_size, _ = library_size_of(source)
         for block in source.blocks(source.comfortable_block_size):
@@ -183,11 +190,14 @@ def expressed_symbols(
     """Symbols of the human genes that some training cell expresses, in alphabetical order."""
     candidates = {symbol: i for i, symbol in enumerate(human_symbols())}
     expressed: set[str] = set()
+    planned = PlannedGenes(
+        lambda genes, species: (map_symbols(genes, candidates, rules="all", species=species), None)
+    )
     for source, out in zip(sources, held_out, strict=True):
         if not len(source):
             continue
         try:
-            mapping = map_symbols(source.genes, candidates, rules="all", species=species)
+            mapping, _ = planned.of(source.genes, species)
         except GeneMappingError as error:
             hint = f"{error.hint} Or: {_GIVE_GENES}" if error.hint else _GIVE_GENES
             raise GeneMappingError(error.message, path=source.name, where=error.where, hint=hint) from error
@@ -219,13 +229,16 @@ def _training_rows(source: CellSource, held_out: NDArray[np.bool_] | None) -> ND
 
 def _human_ids(sources: Sequence[CellSource]) -> set[str]:
     """Every human Ensembl id that the sources write down: genes without a symbol are in no symbol table."""
-    return {
-        gene
-        for source in sources
-        for column in GeneTable(source.genes).ensembl
-        for gene in column.ensembl
-        if gene is not None and gene.startswith("ENSG")
-    }
+    found: set[str] = set()
+    last: pd.DataFrame | None = None
+    for source in sources:
+        # The files of an atlas mostly share one table, and looking through it takes longer than comparing it.
+        if last is not None and last.equals(source.genes):
+            continue
+        last = source.genes
+        for column in GeneTable(last).ensembl:
+            found.update(gene for gene in column.ensembl if gene is not None and gene.startswith("ENSG"))
+    return found
 
 
 def _column_gene(mapping: GeneMapping, number: dict[str, int]) -> NDArray[np.int32]:
