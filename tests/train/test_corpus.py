@@ -28,7 +28,7 @@ from scfm.train import corpus as corpus_module
 from scfm.train import corpus_folder
 from scfm.train.config import PretrainConfig
 from scfm.train.corpus import Corpus, build_dictionaries, read_corpus
-from scfm.train.corpus_cells import cells_where, held_out_cells, keyed_words
+from scfm.train.corpus_cells import cells_where, held_out_cells, sample_cells
 from scfm.train.feed import MicrobatchFeed
 from scfm.train.gene_medians import GeneMedians
 from scfm.train.prepared import Prepared
@@ -285,8 +285,24 @@ def test_held_out_cells_are_keyed_by_cell() -> None:
     chosen = held_out_cells(300, 0.3, seed=3)
     assert chosen.tolist() == [one(cell) < 0.3 for cell in range(300)]
     assert 60 < chosen.sum() < 120 and not held_out_cells(300, 0.0, seed=3).any()
-    np.testing.assert_array_equal(keyed_words(10, 1, 2), keyed_words(300, 1, 2)[:10])
-    assert not np.isin(keyed_words(10, 1, 2), keyed_words(10, 1, 2, word=1)).any()
+    np.testing.assert_array_equal(held_out_cells(100, 0.3, seed=3), chosen[:100])
+    assert not np.array_equal(held_out_cells(300, 0.3, seed=4), chosen)
+
+
+def test_samples_are_keyed_by_cell_whatever_else_is_eligible(monkeypatch) -> None:
+    everything = sample_cells(np.ones(1000, dtype=bool), 100, seed=1)
+    some = np.zeros(1000, dtype=bool)
+    some[everything[::2]] = True
+    some[::7] = True
+    chosen = sample_cells(some, 50, seed=1)
+    # Half of those chosen of all are eligible here too, and enough: none of the others comes before them.
+    assert len(chosen) == 50 and set(chosen.tolist()) <= set(everything.tolist())
+    monkeypatch.setattr("scfm.train.corpus_cells._CELLS_AT_ONCE", 64)
+    np.testing.assert_array_equal(sample_cells(some, 50, seed=1), chosen)
+    assert np.array_equal(sample_cells(some, 10**6, seed=1), np.flatnonzero(some))
+    # Cells that a fraction holds out are no likelier than others.
+    held = held_out_cells(4000, 0.5, seed=1)
+    assert 0.4 < held[sample_cells(np.ones(4000, dtype=bool), 1000, seed=1)].mean() < 0.6
 
 
 def test_a_sample_of_held_out_cells_is_keyed_and_even(tmp_path) -> None:
@@ -484,6 +500,28 @@ def test_data_in_memory_are_read_by_every_process_and_nothing_is_kept(tmp_path) 
     one, two = measured(config), measured(config, rank=1)
     np.testing.assert_array_equal(one.lengths, two.lengths)
     assert one.fingerprint == two.fingerprint and not (tmp_path / "run").exists()
+
+
+def test_held_out_cells_are_read_beside_the_feed(file, tmp_path) -> None:
+    """Evaluation reads the same sources as the feed's threads, at the same time."""
+    dense = ad.read_h5ad(file)
+    dense.X = dense.X.toarray()
+    dense.write_h5ad(tmp_path / "dense.h5ad")
+    data = [str(file), str(tmp_path / "dense.h5ad")]
+    corpus = measured(
+        config_of(data, tmp_path / "run", held_out_fraction=0.4, shuffle_block=4, token_budget=200)
+    )
+    expected = corpus.held_out_pack(10**6).to_lists()
+    plain = {
+        cell: tokens
+        for pack in corpus.packs_of(np.arange(240))
+        for cell, tokens in zip(pack.cell_ids.tolist(), pack.to_lists(), strict=True)
+    }
+    with feed_of(corpus) as feed:
+        for step in islice(feed, 40):
+            for prepared in step.microbatches:
+                assert prepared.packed.to_lists() == [plain[cell] for cell in prepared.cell_ids.tolist()]
+            assert corpus.held_out_pack(10**6).to_lists() == expected
 
 
 def test_a_file_changed_while_it_is_trained_on_is_named_at_its_step(file, tmp_path) -> None:

@@ -31,7 +31,7 @@ from scfm.errors import ConfigError, IntegrityError, ScfmWarning
 from scfm.train.budget_advice import better_budget
 from scfm.train.coexpression import MOST_CELLS, coexpression_vectors, counts_by_token
 from scfm.train.config import PretrainConfig
-from scfm.train.corpus_cells import keyed_words, open_cells
+from scfm.train.corpus_cells import open_cells, sample_cells
 from scfm.train.corpus_folder import CorpusFolder, file_stamps
 from scfm.train.corpus_lengths import LengthsOf, differences, fingerprint_of, measure_cells
 from scfm.train.corpus_vocabulary import (
@@ -53,7 +53,6 @@ _FOLDER = "corpus"
 _VOCABULARY = "vocabulary"
 _LENGTHS = "lengths.npy"
 _COEXPRESSION = "coexpression.npy"
-_PURPOSE_HELD_OUT = 1
 _CELLS_AT_ONCE = 1024
 
 
@@ -328,12 +327,7 @@ class Corpus:
         return concatenate(list(self.packs_of(self._sample(self.lengths > 0, most_cells))))
 
     def _sample(self, eligible: NDArray[np.bool_], most_cells: int) -> NDArray[np.int64]:
-        cells = np.flatnonzero(eligible)
-        if len(cells) > most_cells:
-            # Another word than the one that decided which cells are held out.
-            words = keyed_words(len(self), self.config.seed, _PURPOSE_HELD_OUT, word=1)[cells]
-            cells = np.sort(cells[np.argpartition(words, most_cells - 1)[:most_cells]])
-        return cells
+        return sample_cells(eligible, most_cells, self.config.seed)
 
     def coexpression(self, num_components: int) -> NDArray[np.float32]:
         """Vectors of the genes by token id, float32 (vocabulary, num_components); see coexpression.py.

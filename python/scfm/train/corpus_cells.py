@@ -6,7 +6,7 @@ held out where a table says so, or by a uniform number that depends on (seed, ce
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from scfm.data.source import CellSource
 from scfm.data.source_list import SourceList
 from scfm.errors import ConfigError
 
-__all__ = ["cells_where", "held_out_cells", "keyed_words", "open_cells", "opened"]
+__all__ = ["cells_where", "held_out_cells", "open_cells", "opened", "sample_cells"]
 
 _PURPOSE_HELD_OUT = 1
 _WORDS_A_CELL = 4  # of a Philox counter
@@ -100,17 +100,30 @@ def cells_where(
 
 def held_out_cells(num_cells: int, fraction: float, seed: int) -> NDArray[np.bool_]:
     """bool (cells,): kept out of training. Keyed by (seed, cell), so it never changes with the company."""
-    if fraction == 0:
-        return np.zeros(num_cells, dtype=bool)
-    # The upper 53 bits are a uniform number in [0, 1).
-    return (keyed_words(num_cells, seed, _PURPOSE_HELD_OUT) >> np.uint64(11)) < fraction * 2.0**53
+    found = np.zeros(num_cells, dtype=bool)
+    if fraction > 0:
+        for cells, words in _words(num_cells, seed, _PURPOSE_HELD_OUT):
+            # The upper 53 bits are a uniform number in [0, 1).
+            found[cells] = (words[:, 0] >> np.uint64(11)) < fraction * 2.0**53
+    return found
 
 
-def keyed_words(num_cells: int, seed: int, purpose: int, *, word: int = 0) -> NDArray[np.uint64]:
-    """uint64 (cells,): for each cell a Philox word, key (seed, purpose), counter (cell + 1, 0, 0, 0)."""
+def sample_cells(eligible: NDArray[np.bool_], most_cells: int, seed: int) -> NDArray[np.int64]:
+    """Ascending, at most so many of the eligible cells; a cell's chance depends on (seed, cell) only."""
+    cells = np.flatnonzero(eligible)
+    if len(cells) <= most_cells:
+        return cells
+    # Another word than the one that decides which cells are held out.
+    draws = np.concatenate(
+        [words[eligible[span], 1] for span, words in _words(len(eligible), seed, _PURPOSE_HELD_OUT)]
+    )
+    return np.sort(cells[np.argpartition(draws, most_cells - 1)[:most_cells]])
+
+
+def _words(num_cells: int, seed: int, purpose: int) -> Iterator[tuple[slice, NDArray[np.uint64]]]:
+    """Stretches of cells with four Philox words for each: key (seed, purpose), counter (cell + 1, 0, 0, 0)."""
     philox = np.random.Philox(key=np.array([seed, purpose], dtype=np.uint64), counter=0)
-    found = np.empty(num_cells, dtype=np.uint64)
     for start in range(0, num_cells, _CELLS_AT_ONCE):
         stop = min(start + _CELLS_AT_ONCE, num_cells)
-        found[start:stop] = philox.random_raw((stop - start) * _WORDS_A_CELL)[word::_WORDS_A_CELL]
-    return found
+        words = philox.random_raw((stop - start) * _WORDS_A_CELL)
+        yield slice(start, stop), words.reshape(-1, _WORDS_A_CELL)
