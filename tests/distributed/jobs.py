@@ -97,6 +97,21 @@ def meet_and_part(fault: str, rank: int, timeout_seconds: float) -> str:
     return "parted"
 
 
+def within_a_group_of_the_callers() -> str:
+    """The caller's process group is used and left to the caller."""
+    torch.distributed.init_process_group("gloo")
+    with joined("cpu", 30.0) as world:
+        assert world.sum(torch.ones(1)).item() == world.size == 2
+    assert torch.distributed.is_initialized()
+    try:
+        with joined("cpu", 30.0):
+            raise ValueError("for the caller")
+    except ValueError:
+        torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return "the caller's"
+
+
 def train(settings: dict[str, Any], fault: dict[str, Any] | None = None, slow: float = 0.0) -> dict[str, Any]:
     """A whole run, or what is left of it. fault: {"rank", "step", "what"}: before it takes part in that step this rank
     is killed ("kill"), gets a signal twice ("SIGTERM", "SIGUSR1"), or meets a loss that is no number ("nan", from that

@@ -42,12 +42,18 @@ def test_row_76_clean_ends(ranks: Ranks) -> None:
     """Wrapped models alive when the block ends, group destroyed, interpreter taken down: no abort, no hang."""
     for _ in range(20 if LONG else 5):
         ended = meet_and_part(ranks)
-        assert [(each.code, each.said, each.output) for each in ended] == [(0, "parted", "")] * 2
+        assert [(each.code, each.said) for each in ended] == [(0, "parted")] * 2, ended
+        assert not any("terminate called" in each.output for each in ended)
 
 
 def test_what_rank_0_does_alone_may_take_longer_than_the_time_out(ranks: Ranks) -> None:
     ended = meet_and_part(ranks, "is slow alone", 0, timeout_seconds=2.0)
     assert [(each.code, each.said) for each in ended] == [(0, "parted")] * 2, ended[0].output
+
+
+def test_a_group_that_the_caller_made_stays_the_callers(ranks: Ranks) -> None:
+    ended = ranks.run(2, "jobs:within_a_group_of_the_callers", {})
+    assert [(each.code, each.said) for each in ended] == [(0, "the caller's")] * 2, ended
 
 
 def test_row_82_an_address_that_means_nothing(ranks: Ranks) -> None:

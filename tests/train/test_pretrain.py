@@ -319,6 +319,40 @@ def test_evaluations_stand_in_the_metrics_beside_their_baselines(corpus, tmp_pat
     assert losses_of(plain) == losses_of(result)
 
 
+def test_an_error_leaves_the_checkpoint_that_was_being_written(corpus, tmp_path) -> None:
+    def interrupt(line: dict) -> None:
+        if line["step"] == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(corpus, tmp_path / "run", checkpoint_every=3, progress=interrupt)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
+    assert losses_of(run(corpus, tmp_path / "run", checkpoint_every=3)) == losses_of(
+        run(corpus, tmp_path / "whole")
+    )
+
+
+def test_blocks_are_compiled_inside_what_is_recomputed(corpus, tmp_path, monkeypatch) -> None:
+    """torch.compile itself takes a minute on a CPU: here it is a wrapper that counts."""
+    calls = []
+
+    def compile_(function, *, dynamic):
+        assert dynamic and function.__name__ == "forward"
+
+        def compiled(*args):
+            calls.append(torch.is_grad_enabled())
+            return function(*args)
+
+        return compiled
+
+    plain = run(corpus, tmp_path / "plain", max_steps=2)
+    monkeypatch.setattr(torch, "compile", compile_)
+    result = run(corpus, tmp_path / "run", max_steps=2, compile=True, activation_checkpointing=1)
+    assert len(calls) == 2 * 2 * 2  # steps, microbatches, and again in the backward
+    assert losses_of(result) == losses_of(plain)
+    assert all("forward" not in vars(layer) for layer in result.model.layers)
+
+
 def test_norms_and_biases_do_not_decay(corpus, tmp_path) -> None:
     """A rate of learning that moves nothing shows the decay alone."""
     from scfm.train.launch import joined

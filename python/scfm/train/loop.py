@@ -106,15 +106,21 @@ class TrainingLoop:
         model.train()
         reason = None
         self._start = time.perf_counter()
-        # Dropout is seeded at every microbatch; the caller's generator is not ours to change.
-        with torch.random.fork_rng():
-            while not is_done(self.config, self.state) and reason is None:
-                self.world.watch()
-                reason = self._step(feed, stop)
-                self.store.poll()
-            if self._saved_at != self.state.step:
-                self._save()
-            self.store.finish()
+        devices = [self.world.device] if self.world.device.type == "cuda" else []
+        try:
+            # Dropout is seeded at every microbatch; the caller's generator is not ours to change.
+            with torch.random.fork_rng(devices):
+                while not is_done(self.config, self.state) and reason is None:
+                    self.world.watch()
+                    reason = self._step(feed, stop)
+                    self.store.poll()
+        except BaseException:
+            if self.world.size == 1:  # several ranks can no longer agree on what is whole
+                self.store.finish()
+            raise
+        if self._saved_at != self.state.step:
+            self._save()
+        self.store.finish()
         model.eval()
         if reason is not None:
             self._tell("stopping", why=reason)

@@ -74,9 +74,9 @@ class ParallelModel:
             block for block in self.model.modules() if isinstance(block, EncoderLayer | PerformerBlock)
         ]
         self._changed: list[tuple[nn.Module, str]] = []
-        self._recompute(config.activation_checkpointing)
         if config.compile:
             self._compile()
+        self._recompute(config.activation_checkpointing)
         module = TrainingModule(objective)
         self.module: nn.Module = module
         self.is_sharded = world.size > 1 and config.parallel != "ddp"
@@ -133,7 +133,7 @@ class ParallelModel:
         return [p.grad for p in self.model.parameters() if p.grad is not None]
 
     def _recompute(self, every: int) -> None:
-        """Activation checkpointing of every k-th block: its forward runs again in the backward."""
+        """Activation checkpointing of every k-th block: its forward, compiled or not, runs again in the backward."""
         for block in self._blocks[::every] if every else ():
             for name in _WAYS_THROUGH_A_BLOCK:
                 if hasattr(block, name):
