@@ -17,7 +17,7 @@ from scfm.errors import ConfigError
 from scfm.models.scgpt.config import ScgptConfig
 from scfm.models.scgpt.model import Scgpt
 from scfm.tokenize.scgpt_vocab import ScgptVocab
-from scfm.train.cell_views import thinned, two_views, view_lengths
+from scfm.train.cell_views import cut, thinned, two_views, view_lengths
 from scfm.train.config import PretrainConfig
 from scfm.train.losses import contrastive_cell_loss
 from scfm.train.objectives import (
@@ -187,10 +187,10 @@ def test_views_share_out_a_cells_genes() -> None:
         assert one[0] == other[0] == 39
         assert sorted(one[1:] + other[1:]) == sorted(cell[1:]) and 0 <= len(one) - len(other) <= 1
     lengths = (first.lengths + second.lengths).to(torch.int64)
-    assert torch.equal(view_lengths(packed.lengths, "disjoint", 0.5), lengths)
+    assert torch.equal(view_lengths(packed.lengths, "disjoint", 0.5, None), lengths)
     first, second = two_views(packed, "random", share=0.7, seed=1, epoch=2)
     lengths = (first.lengths + second.lengths).to(torch.int64)
-    assert torch.equal(view_lengths(packed.lengths, "random", 0.7), lengths)
+    assert torch.equal(view_lengths(packed.lengths, "random", 0.7, None), lengths)
     assert first.to_lists() != second.to_lists()
     alone, _ = two_views(packed.select([7]), "random", share=0.7, seed=1, epoch=2)
     assert alone.to_lists() == [first.to_lists()[7]]
@@ -240,7 +240,8 @@ def test_thinned_views_hold_a_binomial_share_of_the_counts(logged: bool) -> None
     rate = 1e4 / counts.sum(axis=1, keepdims=True)
     values = np.log1p(counts * rate) if logged else counts * rate
     packed = PackedCells.from_lists([[39, *range(38)]] * 50, [[-2.0, *cell] for cell in values])
-    found = [thinned(packed, (0.3, 0.6), logged=logged, view=view, seed=7, epoch=1) for view in (0, 0, 1)]
+    depths = {"depths": (80, 160), "most_kept": (0.5, 0.6)}
+    found = [thinned(packed, **depths, logged=logged, view=view, seed=7, epoch=1) for view in (0, 0, 1)]
     assert torch.equal(found[0].values, found[1].values) and not torch.equal(
         found[0].lengths, found[2].lengths
     )
@@ -256,22 +257,35 @@ def test_thinned_views_hold_a_binomial_share_of_the_counts(logged: bool) -> None
         np.testing.assert_allclose(kept, np.rint(kept), atol=1e-3)
         assert (np.rint(kept) <= counts[cell][one.token_ids[1:].numpy()]).all()
         assert kept.sum() == pytest.approx(share * counts[cell].sum(), abs=5 * np.sqrt(counts[cell].sum()))
-    assert min(shares) > 0.29 and max(shares) < 0.61 and np.std(shares) > 0.05
-    alone = thinned(packed.select([9]), (0.3, 0.6), logged=logged, view=0, seed=7, epoch=1)
+    left = np.array(shares) * counts.sum(axis=1)
+    assert left.min() > 79 and left.max() < 161 and max(shares) < 0.61
+    assert min(shares) < 0.35 and 0.4 < (np.log(left) < np.log(80 * 160) / 2).mean() < 0.9
+    alone = thinned(packed.select([9]), **depths, logged=logged, view=0, seed=7, epoch=1)
     assert torch.equal(alone.values, found[0].select([9]).values)
+
+
+def test_long_views_are_cut_anywhere() -> None:
+    packed = cells_of(40)
+    found = cut(packed, 8, view=0, seed=3, epoch=0)
+    for cell, kept in zip(packed.to_lists(), found.to_lists(), strict=True):
+        assert kept[0] == 39 and len(kept) == min(len(cell), 8)
+        assert [token for token in cell if token in kept] == kept
+    assert cut(packed, 8, view=1, seed=3, epoch=0).to_lists() != found.to_lists()
+    assert cut(packed.select([30]), 8, view=0, seed=3, epoch=0).to_lists() == [found.to_lists()[30]]
 
 
 def test_a_thinned_contrast_trains() -> None:
     config = PretrainConfig(
         **small(),
         model={"input_style": "log1p"},
-        objective={"kind": "masked", "cce": 1.0, "views": "disjoint", "thinning": [0.3, 1.0]},
+        objective={"kind": "masked", "cce": 1.0, "views": "disjoint", "depths": [20, 60], "view_tokens": 12},
     )
     model = new_model(config, corpus())
     objective = make_objective(config, model)
     packed = model.tokenize(adata())
     prepared = objective.prepare(packed, epoch=0)
-    assert prepared.num_tokens < int(objective.lengths_of(packed).sum())
+    assert int(prepared.packed.lengths.max()) == 12
+    assert prepared.num_tokens < int(objective.lengths_of(packed).sum()) <= 40 * 24
     sum(objective.losses(prepared).values()).backward()
     assert model.encoder.embedding.weight.grad.any()
 
@@ -281,8 +295,11 @@ def test_a_thinned_contrast_trains() -> None:
     [
         ({"kind": "masked", "within_batch": True}, "objective.batch"),
         ({"kind": "masked", "cross_mvc": True}, "contrast"),
-        ({"kind": "masked", "thinning": [0.5, 1.0], "cce": 1.0}, "contrast"),
-        ({"kind": "masked", "thinning": [0.5, 0.1], "cce": 1.0, "views": "random"}, "lesser first"),
+        ({"kind": "masked", "depths": [400, 4000], "cce": 1.0}, "contrast"),
+        ({"kind": "masked", "depths": [400, 40], "cce": 1.0, "views": "random"}, "lesser first"),
+        ({"kind": "masked", "depths": 400, "cce": 1.0, "views": "random"}, "two numbers"),
+        ({"kind": "masked", "most_kept": [0.5, 1.5]}, "most_kept"),
+        ({"kind": "masked", "view_tokens": 1, "cce": 1.0, "views": "random"}, "from 2"),
         ({"kind": "masked", "symmetric": 1}, "true or false"),
         ({"king": "masked"}, "did you mean 'kind'"),
         ({"kind": "both"}, "generative"),
@@ -304,7 +321,7 @@ def test_models_that_lack_a_head_are_named() -> None:
     with pytest.raises(ConfigError, match="mvc_style"):
         objective_of(tiny_model(mvc_style=None), kind="masked")
     with pytest.raises(ConfigError, match="tell no counts"):
-        objective_of(tiny_model(), kind="masked", cce=1.0, views="random", thinning=[0.2, 0.9])
+        objective_of(tiny_model(), kind="masked", cce=1.0, views="random", depths=[400, 4000])
     with pytest.raises(ConfigError, match="has_flags"):
         objective_of(tiny_model(has_flags=False))
     with pytest.raises(ConfigError, match="explicit_zeros"):

@@ -220,7 +220,8 @@ class _HiddenValues:
             cce=0.0,
             dab=0.0,
             views="dropout",
-            thinning=None,
+            view_tokens=None,
+            depths=None,
             cross_mvc=False,
             within_batch=False,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from scfm.errors import ConfigError
@@ -40,10 +40,12 @@ class ScgptSettings:
 
     expression .. dab: weights of the parts, 0 leaving one out. second_pass_after: optimiser steps without it.
     Of "masked" alone: views: the contrast's, "dropout", "random" or "disjoint" genes; view_share: of the genes in each
-    "random" one; thinning: least and most of a cell's counts that are kept in each of these views; temperature: of the
-    contrast; symmetric: each view's cells must be known in the other; batch: the column of obs that tells a cell's
-    batch, for dab; within_batch: a cell need only be told from those of its batch; cross_mvc: mvc asks for all genes of
-    one view from the embedding of the other, which never saw them, and not for the hidden ones.
+    "random" one; view_tokens: most tokens of such a view, any at random; depths: least and most counts of the cell that
+    it is thinned to, any order of magnitude equally likely, and most_kept: of its counts it keeps at most a share drawn
+    between these. temperature: of the contrast; symmetric: each view's cells must be known in the other; batch: the
+    column of obs that tells a cell's batch, for dab; within_batch: a cell need only be told from those of its batch;
+    cross_mvc: mvc asks for all genes of one view from the embedding of the other, which never saw them, and not for the
+    hidden ones.
     """
 
     kind: str = "generative"
@@ -59,7 +61,9 @@ class ScgptSettings:
     dab: float = 0.0
     views: Literal["dropout", "random", "disjoint"] = "dropout"
     view_share: float = 0.5
-    thinning: list[float] | None = None
+    view_tokens: int | None = None
+    depths: list[float] | None = None
+    most_kept: list[float] = field(default_factory=lambda: [0.6, 0.9])
     temperature: float = 0.5
     symmetric: bool = False
     batch: str | None = None
@@ -92,10 +96,10 @@ class ScgptSettings:
                 where="objective.batch",
             )
         only = _GENERATIVE_ONLY if self.kind == "masked" else _MASKED_ONLY
-        for field in fields(self):
-            if field.name in only and getattr(self, field.name) != field.default:
+        for one in fields(self):
+            if one.name in only and getattr(self, one.name) != one.default:
                 raise ConfigError(
-                    f"has no meaning where kind is {self.kind!r}", where=f"objective.{field.name}"
+                    f"has no meaning where kind is {self.kind!r}", where=f"objective.{one.name}"
                 )
         if not any(getattr(self, name) for name in ("expression", "mvc", "ecs", "cce", "dab")):
             raise ConfigError("every part has weight 0", where="objective")
@@ -107,21 +111,17 @@ class ScgptSettings:
                     f"{getattr(self, name)!r:.60}; expected true or false", where=f"objective.{name}"
                 )
         two = self.cce and self.views != "dropout"
-        for name in ("thinning", "cross_mvc"):
+        for name in ("view_tokens", "depths", "cross_mvc"):
             if getattr(self, name) and not two:
                 raise ConfigError(
                     'needs a contrast (cce) of "random" or "disjoint" views', where=f"objective.{name}"
                 )
-        shares = self.thinning
-        if shares is not None and not (
-            isinstance(shares, list)
-            and len(shares) == 2
-            and all(isinstance(share, int | float) for share in shares)
-            and 0 < shares[0] <= shares[1] <= 1
-        ):
+        if self.depths is not None:
+            _expect_range("depths", self.depths, 1.0, 1e9)
+        _expect_range("most_kept", self.most_kept, 0.0, 1.0)
+        if self.view_tokens is not None and (type(self.view_tokens) is not int or self.view_tokens < 2):
             raise ConfigError(
-                f"{shares!r:.60}; expected two shares from above 0 to 1, the lesser first",
-                where="objective.thinning",
+                f"{self.view_tokens!r:.60}; expected a whole number from 2", where="objective.view_tokens"
             )
 
     def known_ratios(self) -> float | list[float]:
@@ -179,7 +179,7 @@ _MASKED_ONLY: tuple[str, ...] = (
     "within_batch",
     "cross_mvc",
 )
-_MASKED_ONLY += ("views", "view_share", "thinning", "temperature", "symmetric")
+_MASKED_ONLY += ("views", "view_share", "view_tokens", "depths", "temperature", "symmetric")
 ObjectiveSettings = GeneformerSettings | ScgptSettings | ScbertSettings | ScfoundationSettings
 _OF_FAMILY: dict[str, Callable[..., ObjectiveSettings]] = {
     "geneformer": GeneformerSettings,
@@ -194,7 +194,7 @@ def objective_settings(family: str, given: Mapping[str, Any]) -> ObjectiveSettin
     if family not in _OF_FAMILY:
         raise ConfigError(f"{family!r} has no pretraining objective", where="family")
     settings = _OF_FAMILY[family]
-    known = [field.name for field in fields(settings())]
+    known = [one.name for one in fields(settings())]
     unknown = [str(name) for name in given if name not in known]
     if unknown:
         near = {name: difflib.get_close_matches(name, known, n=1) for name in unknown}
@@ -216,6 +216,16 @@ def _expect_number(name: str, found: Any, low: float, high: float, *, or_low: bo
         raise ConfigError(
             f"{found!r:.60}; expected a number {bound}, at most {high:g}", where=f"objective.{name}"
         )
+
+
+def _expect_range(name: str, found: Any, low: float, high: float) -> None:
+    """Two numbers, the lesser first, from ``low`` (not itself where it is 0) to ``high``."""
+    if not isinstance(found, list) or len(found) != 2:
+        raise ConfigError(f"{found!r:.60}; expected two numbers", where=f"objective.{name}")
+    for number in found:
+        _expect_number(name, number, low, high, or_low=low > 0)
+    if found[0] > found[1]:
+        raise ConfigError(f"{found!r:.60}; expected the lesser first", where=f"objective.{name}")
 
 
 def _expect_choice(name: str, found: Any, allowed: tuple[str, ...]) -> None:

@@ -32,7 +32,7 @@ from scfm.models.scgpt.decoders import Expression
 from scfm.models.scgpt.model import Scgpt
 from scfm.models.scgpt.output import ScgptOutput
 from scfm.tokenize.scgpt_masking import hide_share
-from scfm.train.cell_views import GeneSamples, thinned, two_views, view_lengths
+from scfm.train.cell_views import GeneSamples, cut, thinned, two_views, view_lengths
 from scfm.train.losses import (
     cell_similarity_losses,
     contrastive_cell_losses,
@@ -184,7 +184,8 @@ class ScgptMasked:
     def lengths_of(self, packed: PackedCells) -> Tensor:
         if self._samples is None:
             return packed.lengths.to(torch.int64) * self._num_passes
-        return view_lengths(packed.lengths, self._samples, self.settings.view_share)
+        share, most = self.settings.view_share, self.settings.view_tokens
+        return view_lengths(packed.lengths, self._samples, share, most)
 
     def prepare(self, packed: PackedCells, *, epoch: int) -> HiddenExpression:
         shown, values, hidden = [], [], []
@@ -224,15 +225,17 @@ class ScgptMasked:
         if self._samples is None:
             return [packed]
         settings, seed = self.settings, self.seed
-        views = two_views(packed, self._samples, share=settings.view_share, seed=seed, epoch=epoch)
-        if settings.thinning is None:
-            return list(views)
-        shares = (settings.thinning[0], settings.thinning[1])
+        keys = {"seed": seed, "epoch": epoch}
+        views = list(two_views(packed, self._samples, share=settings.view_share, **keys))
         logged = self.model.config.input_style == "log1p"
-        return [
-            thinned(view, shares, logged=logged, view=number, seed=seed, epoch=epoch)
-            for number, view in enumerate(views)
-        ]
+        for view in (0, 1):
+            if settings.depths is not None:
+                views[view] = thinned(
+                    views[view], settings.depths, settings.most_kept, logged=logged, view=view, **keys
+                )
+            if settings.view_tokens is not None:
+                views[view] = cut(views[view], settings.view_tokens, view=view, **keys)
+        return views
 
     def losses(self, prepared: Prepared) -> dict[str, Tensor]:
         assert isinstance(prepared, HiddenExpression)
@@ -306,9 +309,9 @@ def _expect_heads(model: Scgpt, settings: ScgptSettings) -> None:
             where="model.mvc_style",
             hint="Or objective.mvc=0.",
         )
-    if settings.thinning is not None and model.config.input_style == "binned":
+    if settings.depths is not None and model.config.input_style == "binned":
         raise ConfigError(
-            "bins tell no counts", where="objective.thinning", hint='Set model.input_style="log1p".'
+            "bins tell no counts", where="objective.depths", hint='Set model.input_style="log1p".'
         )
     if settings.dab and model.grad_reverse_discriminator is None:
         raise ConfigError("the model has no classifier of batches", where="model.adversary")
