@@ -156,7 +156,7 @@ class MicrobatchPlan:
         self._packed[number] = planned
         if len(self._packed) > _WINDOWS_IN_HAND:
             self._packed.popitem(last=False)
-        return planned, in_order[: bounds[0]]
+        return planned, in_order[: bounds[0]].copy()
 
     def _holder_of(self, lengths: NDArray[np.int64], num_old: int) -> NDArray[np.int64]:
         """The microbatch of each cell. Cells that were put off come first, so that others fill up what holds them."""
