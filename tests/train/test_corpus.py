@@ -454,6 +454,17 @@ def test_a_change_of_the_data_is_named_and_a_copy_is_none(file, tmp_path) -> Non
     ]
 
 
+def test_a_run_that_goes_on_with_other_data_keeps_its_vocabulary(file, tmp_path) -> None:
+    first = measured(config_of(str(file), tmp_path / "run"))
+    few = tmp_path / "few.h5ad"
+    cells_of(30, genes=SYMBOLS[:40]).write_h5ad(few)
+    other = measured(config_of(str(few), tmp_path / "run", allow_change=["data"]))
+    assert other.tokenizer.vocab.token == first.tokenizer.vocab.token
+    assert other.differences(first.fingerprint) == [f"{few} has 30 cells instead of 120"]
+    anew = measured(config_of(str(few), tmp_path / "run"))
+    assert len(anew.tokenizer.vocab.token) < len(first.tokenizer.vocab.token)
+
+
 def test_other_held_out_cells_or_settings_are_another_corpus(file, tmp_path) -> None:
     first = measured(config_of(str(file), tmp_path / "run", dictionaries=None, held_out_fraction=0.2))
     other = measured(config_of(str(file), tmp_path / "run", held_out_fraction=0.2, seed=1))

@@ -101,7 +101,9 @@ def _made_vocabulary(
     if stamps is not None:
         key = _cells_key(held_out, stamps)
         key |= {name: getattr(config, name) for name in ("family", "species", "special_tokens")}
-    folder.made(_VOCABULARY, key, make)
+    # Where other data may follow in a run, its model keeps the tokens that it has.
+    if not ("data" in config.allow_change and folder.found(_VOCABULARY, None) is not None):
+        folder.made(_VOCABULARY, key, make)
     return made[0] if made else read_vocabulary(config.family, folder.path / _VOCABULARY)
 
 

@@ -64,11 +64,11 @@ class CorpusFolder:
         self._watch = watch
         self._last_sign = 0.0
 
-    def found(self, name: str, key: dict[str, Any]) -> dict[str, Any] | None:
-        """Facts about the file ``name`` if it was made from this key and is whole."""
+    def found(self, name: str, key: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Facts about the file ``name`` if it was made from this key (None: from any) and is whole."""
         try:
             described = json.loads((self.path / f"{name}.json").read_text(encoding="utf-8"))
-            same = described["key"] == json.loads(json.dumps(key))
+            same = key is None or described["key"] == json.loads(json.dumps(key))
             whole = same and described["crc32"] == _crc32(self.path / name)
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -96,6 +96,7 @@ class CorpusFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
             facts, write = make()
             self._write(name, key, facts, write)
+            (self.path / _SIGN_OF_LIFE).unlink(missing_ok=True)
         return facts
 
     def sign(self) -> None:
