@@ -61,6 +61,8 @@ _WHOLE: dict[str, tuple[int, int]] = {
 # from (or above, where the second is False) .. to below
 _NUMBERS: dict[str, tuple[float, bool, float]] = {
     "dropout": (0, True, 1),
+    "gene_std": (0, False, 1000),
+    "branch_scale": (0, False, 1000),
     "held_out_fraction": (0, True, 1),
     "learning_rate": (0, False, 10),
     "weight_decay": (0, True, 10),
@@ -71,7 +73,7 @@ _NUMBERS: dict[str, tuple[float, bool, float]] = {
 }
 SHAPE = ("num_layers", "hidden_size", "num_heads", "ffn_size", "max_tokens")
 _OPTIONAL = {*SHAPE, "dropout", "max_steps", "max_minutes", "shard_size", "evaluate_every"}
-_OPTIONAL |= {"checkpoint_every", "keep_every"}
+_OPTIONAL |= {"checkpoint_every", "keep_every", "gene_std"}
 _CHOICES = {
     "family": tuple(_FAMILIES),
     "schedule": ("linear", "cosine", "constant"),
@@ -89,6 +91,7 @@ _KINDS: dict[str, tuple[Any, ...]] = {
     "genes": (str, Path, NoneType),
     "device": (str,),
     "special_tokens": (bool,),
+    "centred_start": (bool,),
     "compile": (bool,),
     "resume": (bool,),
     "tensorboard": (bool,),

@@ -95,8 +95,8 @@ class Scgpt(ScgptNetwork, FoundationModel):
 
     @property
     def default_pooling(self) -> str:
-        """The authors' default: "cls"."""
-        return "cls"
+        """Where the model's own cell embedding is read; in the released models "cls"."""
+        return self.config.cell_style
 
     # ---- forward ------------------------------------------------------------------------------------------------
 
