@@ -14,7 +14,6 @@ torchrun every rank makes it.
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -27,9 +26,15 @@ import torch
 
 from scfm import __version__
 from scfm.data.atomic_file import whole_file
-from scfm.errors import ConfigError, IntegrityError
+from scfm.errors import ConfigError
 from scfm.models.base import FoundationModel
-from scfm.train.checkpoint import CheckpointStore, FoundCheckpoint, TrainState, compare_settings
+from scfm.train.checkpoint import (
+    CheckpointStore,
+    FoundCheckpoint,
+    TrainState,
+    compare_settings,
+    expect_same_data,
+)
 from scfm.train.config import PretrainConfig
 from scfm.train.corpus import Corpus, read_corpus
 from scfm.train.feed import MicrobatchFeed
@@ -46,7 +51,6 @@ __all__ = ["PretrainResult", "pretrain"]
 
 ProgressCallback = Callable[[dict[str, Any]], None]
 CHECKPOINTS, MODEL, SETTINGS = "checkpoints", "model", "settings.json"
-_CORPUS = "corpus"
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ def _pretrain(config: PretrainConfig, world: World, progress: ProgressCallback |
         corpus.measure(objective.lengths_of)
         world.watch()
         if found is not None:
-            _expect_same_data(found.state, corpus, config)
+            expect_same_data(corpus.differences(found.state.data_fingerprint), config.allow_change)
         if world.is_first:
             with whole_file(out / SETTINGS) as temporary:
                 temporary.write_text(config.to_json() + "\n", encoding="utf-8")
@@ -180,19 +184,9 @@ def _state_of(config: PretrainConfig, before: TrainState, corpus: Corpus, world:
         cursor=0 if is_behind else before.cursor,
         world_size=world.size,
         settings=config.identity(),
-        data_fingerprint={_CORPUS: json.dumps(corpus.fingerprint, sort_keys=True)},
+        data_fingerprint=corpus.fingerprint,
         versions={"scfm": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
     )
-
-
-def _expect_same_data(state: TrainState, corpus: Corpus, config: PretrainConfig) -> None:
-    told = corpus.differences(json.loads(state.data_fingerprint[_CORPUS]))
-    if told and "data" not in config.allow_change:
-        raise IntegrityError(
-            f"the run was begun with other data: {'; '.join(told[:10])}",
-            where="data",
-            hint='Give the same data, write to another folder, or allow it with allow_change=["data"].',
-        )
 
 
 def _checkpoint(config: PretrainConfig, store: CheckpointStore) -> FoundCheckpoint | None:

@@ -15,9 +15,9 @@ A folder takes its name by one rename when every byte of it is on the disk. Noth
 
 from __future__ import annotations
 
-from scfm.train.checkpoint.resume_checks import compare_data, compare_settings
+from scfm.train.checkpoint.resume_checks import compare_settings, expect_same_data
 from scfm.train.checkpoint.store import CheckpointStore
 from scfm.train.checkpoint.train_state import TrainState
 from scfm.train.checkpoint.verify import FoundCheckpoint
 
-__all__ = ["CheckpointStore", "FoundCheckpoint", "TrainState", "compare_data", "compare_settings"]
+__all__ = ["CheckpointStore", "FoundCheckpoint", "TrainState", "compare_settings", "expect_same_data"]

@@ -45,13 +45,14 @@ def first_error(error: Exception | None) -> Exception | None:
     """The first rank's error, on every rank, if any rank has one: itself where it happened, its like elsewhere."""
     facts = {"kind": "", "text": "", "errno": None}
     if error is not None:
-        facts = {"kind": type(error).__name__, "text": str(error), "errno": getattr(error, "errno", None)}
+        kind = type(error).__name__
+        text = str(error) if isinstance(error, errors.ScfmError) else f"{kind}: {error}"
+        facts = {"kind": kind, "text": text, "errno": getattr(error, "errno", None)}
     for rank, told in enumerate(all_tell(facts)):
         if told["kind"]:
             if rank == rank_and_size()[0]:
                 return error
-            kind = getattr(errors, told["kind"], errors.ScfmError)
-            like: Exception = kind(told["text"])
+            like: Exception = getattr(errors, told["kind"], errors.ScfmError)(told["text"])
             if isinstance(like, errors.StorageError):
                 like.errno = told["errno"]
             return like

@@ -11,7 +11,7 @@ from typing import Any
 
 from scfm.errors import ConfigError, IntegrityError
 
-__all__ = ["compare_data", "compare_settings"]
+__all__ = ["compare_settings", "expect_same_data"]
 
 _ABSENT = "not set"
 _MOST_NAMED = 10
@@ -43,17 +43,15 @@ def compare_settings(
         )
 
 
-def compare_data(saved: Mapping[str, str], now: Mapping[str, str], allow_change: Sequence[str] = ()) -> None:
-    """saved, now: fingerprint by part of the data (file name). Raises IntegrityError naming what changed.
+def expect_same_data(differences: Sequence[str], allow_change: Sequence[str] = ()) -> None:
+    """differences: a sentence each, from the corpus, which knows what its fingerprint means.
 
-    "data" in ``allow_change`` lets it pass: the run then goes on at the same place in the plan of other cells.
+    "data" in ``allow_change`` lets them pass: the run then goes on at the same place in the plan of other cells. Raises
+    IntegrityError with the sentences.
     """
-    changed = [f"{name} is new" for name in sorted(set(now) - set(saved))]
-    changed += [f"{name} is gone" for name in sorted(set(saved) - set(now))]
-    changed += [f"{name} has changed" for name in sorted(set(saved) & set(now)) if saved[name] != now[name]]
-    if changed and "data" not in allow_change:
+    if differences and "data" not in allow_change:
         raise IntegrityError(
-            f"the run was begun with other data: {'; '.join(changed[:_MOST_NAMED])}{_more(changed)}",
+            f"the run was begun with other data: {'; '.join(differences[:_MOST_NAMED])}{_more(differences)}",
             where="data",
             hint='Give the same data, write to another folder, or allow it with allow_change=["data"].',
         )

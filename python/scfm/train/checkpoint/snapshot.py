@@ -8,8 +8,9 @@ The file is what torch.distributed.checkpoint's HuggingFaceStorageWriter would w
 header's metadata included, so that its reader resolves any resharding (restore.py). It is not written by that
 writer: its asynchronous form runs collectives between the ranks in a background thread, over a process group of its
 own that has to end well; a failure comes as a BaseException that ordinary clean-up misses; it holds every byte once
-more in memory; and a full disk shows only with the last byte. Here the room is reserved first, and threads touch
-nothing but files.
+more in memory; and a full disk shows only with the last byte. Here the room is reserved first, threads touch nothing
+but files, training stands still for a third of the time and the bytes are safe in a sixth of it
+(benches/bench_checkpoint.py).
 """
 
 from __future__ import annotations

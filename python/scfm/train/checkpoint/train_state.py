@@ -27,8 +27,8 @@ class TrainState:
     """step: optimiser steps done; epoch, cursor: the next microbatch is number ``cursor`` of ``epoch``'s plan.
 
     tokens_seen, cells_seen: since the beginning, of all ranks. world_size: ranks that wrote it. settings: what a
-    resumed run must not change (compare_settings). data_fingerprint: part of the data, such as a file's name, to what
-    identifies its content (compare_data). versions: package to version, to be told, not compared.
+    resumed run must not change (compare_settings). data_fingerprint: the corpus's, which compares it. versions: package
+    to version, to be told, not compared.
     """
 
     step: int
@@ -39,7 +39,7 @@ class TrainState:
     cells_seen: int = 0
     world_size: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
-    data_fingerprint: dict[str, str] = field(default_factory=dict)
+    data_fingerprint: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
