@@ -155,8 +155,13 @@ def test_pretrain_from_settings(tiny_adata, tmp_path) -> None:
         "num_heads = 2\nffn_size = 16\nmax_tokens = 64\nheld_out_fraction = 0.2\n"
     )
     facts = run_json("pretrain", settings, "num_epochs=1")
-    assert facts["held_out_loss"] > 0
+    assert facts["ok"] and facts["steps"] > 0 and facts["stopped"] is None
     assert scfm.load(facts["model"]).config.hidden_size == 16
+    lines = [json.loads(line) for line in Path(facts["metrics"]).read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, facts["steps"] + 1))
+    assert run_json("pretrain", settings, "num_epochs=1")["steps"] == facts["steps"]  # found finished
+    facts = run_json("pretrain", settings, "num_epochs=2", code=3)
+    assert "num_epochs" in facts["message"]
     facts = run_json("pretrain", settings, "num_epochz=1", code=3)
     assert "num_epochs" in facts["message"]
 
