@@ -22,9 +22,12 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from scfm.data import atomic_file
 from scfm.data.process_name import host_name, start_time
 from scfm.errors import CheckpointError, InvalidArgumentError, ScfmWarning, StorageError
+from scfm.models.safetensors_header import read_header
 from scfm.train.checkpoint import CheckpointStore, TrainState, background_write, retention
+from scfm.train.checkpoint.agreement import _fitting
 from scfm.train.checkpoint.ownership import owned_chunks
 from scfm.train.checkpoint.retention import doomed_steps
+from scfm.train.checkpoint.snapshot import Snapshot
 
 
 class Net(nn.Module):
@@ -424,6 +427,24 @@ def test_replicated_tensors_are_written_once_and_shared_out(sizes: list[int], wo
     assert sorted(chunk.name for share in shares for chunk in share) == sorted(tensors)
     loads = [sum(chunk.values.nbytes for chunk in share) for share in shares]
     assert max(loads) - min(loads) <= max(sizes, default=0)
+
+
+def test_a_rank_without_tensors_writes_a_file_of_none(tmp_path) -> None:
+    snapshot = Snapshot()
+    for tensors in ({}, {"a": torch.ones(3)}, {}):
+        snapshot.take(owned_chunks(tensors, 0, 1))
+        path = tmp_path / f"{len(os.listdir(tmp_path))}.safetensors"
+        assert atomic_file.create_once(path, snapshot.pieces())
+        found = load_file(path)
+        assert set(found) == set(tensors) and all(torch.equal(found[name], tensors[name]) for name in found)
+        assert read_header(path).keys() == tensors.keys()
+
+
+def test_what_ranks_tell_fits_whatever_it_is() -> None:
+    for text in ("x" * 5000, "ü" * 3000, "\u2028" * 900, ""):
+        told = json.loads(_fitting({"kind": "StorageError", "text": text, "errno": 28}))
+        assert told["kind"] == "StorageError" and told["errno"] == 28
+        assert text.startswith(told["text"]) and len(told["text"]) >= min(len(text), 100)
 
 
 def test_nothing_is_told_when_nothing_is_wrong(tmp_path) -> None:

@@ -134,7 +134,11 @@ def clear_leftovers(folder: Path) -> int:
     The lock of the run folder sees to it that no other job works there.
     """
     num_removed = 0
-    for entry in folder.iterdir() if folder.is_dir() else ():
+    if not folder.is_dir():
+        return 0
+    with storage_errors(folder):
+        entries = list(folder.iterdir())
+    for entry in entries:
         match = _LEFTOVER.fullmatch(entry.name)
         if match and (match[1] != host_name() or is_dead(match[1], int(match[2]), match[3])):
             shutil.rmtree(entry, ignore_errors=True)

@@ -84,8 +84,9 @@ class Snapshot:
         self._header = struct.pack("<Q", len(text)) + text
 
     def pieces(self) -> list[bytes | memoryview]:
-        """The file's bytes, not copied: header, then data."""
-        return [self._header, self._buffer[: self._num_bytes].numpy().data]
+        """The file's bytes, not copied: header, then data, if this rank has any to write."""
+        data = self._buffer[: self._num_bytes].numpy().data
+        return [self._header, data] if self._num_bytes else [self._header]
 
     def _make_room(self, *, pinned: bool) -> None:
         if self._buffer.numel() < self._num_bytes or self._buffer.is_pinned() != pinned:
