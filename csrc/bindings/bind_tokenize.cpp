@@ -6,6 +6,7 @@
 #include "bindings/array_arguments.hpp"
 #include "bindings/packed_arrays.hpp"
 #include "tokenize/first_fit.hpp"
+#include "tokenize/gene_values.hpp"
 #include "tokenize/mlm_mask.hpp"
 #include "tokenize/rank_value.hpp"
 
@@ -39,6 +40,35 @@ py::array_t<std::int64_t> place(const py::object& lengths, std::int64_t capacity
     first_fit(items, capacity, bins);
   }
   return to_array(std::move(bins));
+}
+
+py::array_t<std::uint64_t> values_of_genes(const py::object& indptr, const py::object& indices,
+                                           const py::object& data, const py::object& column_gene,
+                                           const py::object& library_size, const py::object& counted) {
+  constexpr const char* kFunction = "gene_values";
+  if (indices.is_none()) throw py::type_error("gene_values: indices is None, expected a numpy array");
+  const auto genes = array_of<std::int32_t>(column_gene, kFunction, "column_gene");
+  const CsrView csr = csr_of(indptr, indices, data, static_cast<std::int64_t>(genes.size()), kFunction);
+  const auto sizes = array_of<double>(library_size, kFunction, "library_size");
+  const auto rows = array_of<std::uint8_t>(counted, kFunction, "counted");
+  std::vector<std::uint64_t> keys;
+  {
+    const py::gil_scoped_release unlocked;
+    keys = gene_values(csr, genes, sizes, rows);
+  }
+  return to_array(std::move(keys));
+}
+
+py::tuple merge(const py::object& keys, const py::object& numbers, const py::object& more, int num_bits) {
+  const auto sorted = array_of<std::uint64_t>(keys, "merge_keys", "keys");
+  const auto counts = array_of<std::int64_t>(numbers, "merge_keys", "numbers");
+  const auto added = array_of<std::uint64_t>(more, "merge_keys", "more");
+  CountedKeys merged;
+  {
+    const py::gil_scoped_release unlocked;
+    merged = merge_keys(sorted, counts, added, num_bits);
+  }
+  return py::make_tuple(to_array(std::move(merged.keys)), to_array(std::move(merged.numbers)));
 }
 
 py::array_t<std::uint32_t> philox(const py::object& counter, const py::object& key) {
@@ -119,6 +149,11 @@ void bind_tokenize(py::module_& module) {
              "Geneformer's rank-value encoding of a CSR block.");
   module.def("first_fit", &place, py::arg("lengths"), py::arg("capacity"),
              "The bin of each item, placed in their order into the first bin with room.");
+  module.def("gene_values", &values_of_genes, py::arg("indptr"), py::arg("indices"), py::arg("data"),
+             py::arg("column_gene"), py::arg("library_size"), py::arg("counted"),
+             "Keys of a block's values that sort by gene and then by CP10k value.");
+  module.def("merge_keys", &merge, py::arg("keys"), py::arg("numbers"), py::arg("more"), py::arg("num_bits"),
+             "Different ascending keys with their numbers, and more keys merged in.");
   module.def("philox4x32", &philox, py::arg("counter"), py::arg("key"),
              "Philox4x32-10: four words from four and two.");
 }

@@ -116,6 +116,28 @@ def first_fit(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
     lengths: 1 to capacity. Bins are numbered as they are opened. Raises ValueError.
     """
 
+def gene_values(
+    indptr: NDArray[np.int64],
+    indices: NDArray[Any],
+    data: NDArray[Any],
+    column_gene: NDArray[np.int32],
+    library_size: NDArray[np.float64],
+    counted: NDArray[np.uint8],
+) -> NDArray[np.uint64]:
+    """For each non-zero entry of a wanted gene: gene << 32 | bits of float32(count / library_size * 10,000).
+
+    column_gene: the gene each column counts for, or -1; counted: whether each cell counts, empty for all.
+    Raises ValueError, TypeError.
+    """
+
+def merge_keys(
+    keys: NDArray[np.uint64], numbers: NDArray[np.int64], more: NDArray[np.uint64], num_bits: int
+) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Different ascending keys and their numbers, with ``more`` (ascending) merged in, all without their last bits.
+
+    Raises ValueError, TypeError.
+    """
+
 def mlm_mask(
     token_ids: NDArray[np.int32],
     cu_seqlens: NDArray[np.int32],

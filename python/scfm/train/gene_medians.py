@@ -56,23 +56,34 @@ class GeneMedians:
         default the row sums; rows: bool (cells,), those that count; sum_columns: add columns of one gene.
         """
         sizes = _native.row_sums(block.indptr, block.data) if library_size is None else library_size
-        cells = np.repeat(np.arange(block.num_cells), np.diff(block.indptr))
-        genes = column_gene[block.indices]
-        kept = (genes >= 0) & (block.data != 0)
-        if rows is not None:
-            kept &= rows[cells]
-        counts, cells, genes = block.data[kept].astype(np.float64), cells[kept], genes[kept]
+        # A cell with counts and no library size is the tokenizer's to refuse, by name.
+        counted = sizes > 0 if rows is None else rows & (sizes > 0)
+        indptr, columns, data = block.indptr, block.indices, block.data
         if sum_columns:
-            shape = (block.num_cells, self.num_genes)
-            summed = sp.coo_matrix((counts, (cells, genes)), shape=shape).tocsr()
-            counts, genes = summed.data, summed.indices
-            cells = np.repeat(np.arange(block.num_cells), np.diff(summed.indptr))
-        values = (counts / sizes[cells] * 1e4).astype(np.float32)
-        self._new.append((genes.astype(np.uint64) << np.uint64(32)) | values.view(np.uint32))
-        self._num_new += len(values)
-        # Sorting what is kept again only when as much has come anew costs each value a few sorts at most.
+            summed = self._summed(block, column_gene)
+            indptr, columns, data = summed.indptr.astype(np.int64), summed.indices, summed.data
+            column_gene = np.arange(self.num_genes, dtype=np.int32)
+        keys = _native.gene_values(
+            indptr,
+            columns,
+            data,
+            column_gene,
+            np.ascontiguousarray(sizes, dtype=np.float64),
+            counted.astype(np.uint8),
+        )
+        self._new.append(keys)
+        self._num_new += len(keys)
+        # Merging only when as much has come anew as is kept costs each value a few merges at most.
         if self._num_new >= max(len(self._keys), self._most // 4):
             self._merge()
+
+    def _summed(self, block: CsrBlock, column_gene: NDArray[np.int32]) -> sp.csr_matrix:
+        """The block by genes instead of columns, float64."""
+        cells = np.repeat(np.arange(block.num_cells), np.diff(block.indptr))
+        genes = column_gene[block.indices]
+        kept = genes >= 0
+        entries = (block.data[kept].astype(np.float64), (cells[kept], genes[kept]))
+        return sp.coo_matrix(entries, shape=(block.num_cells, self.num_genes)).tocsr()
 
     def medians(self) -> NDArray[np.float64]:
         self._merge()
@@ -97,30 +108,13 @@ class GeneMedians:
         return bits.view(np.float32).astype(np.float64)
 
     def _merge(self) -> None:
-        new = np.sort(_coarse(np.concatenate([*self._new, self._keys[:0]]), self.num_bits_dropped))
+        more = np.sort(np.concatenate([*self._new, self._keys[:0]]))
         self._new, self._num_new = [], 0
-        keys, numbers = _counted(new, np.ones(len(new), dtype=np.int64))
-        places = np.searchsorted(self._keys, keys)
-        known = np.zeros(len(keys), dtype=bool)
-        inside = places < len(self._keys)
-        known[inside] = self._keys[places[inside]] == keys[inside]
-        self._numbers[places[known]] += numbers[known]
-        self._keys = np.insert(self._keys, places[~known], keys[~known])
-        self._numbers = np.insert(self._numbers, places[~known], numbers[~known])
-        while len(self._keys) > self._most and self.num_bits_dropped < _MANTISSA_BITS:
+        while True:
+            self._keys, self._numbers = _native.merge_keys(
+                self._keys, self._numbers, more, self.num_bits_dropped
+            )
+            if len(self._keys) <= self._most or self.num_bits_dropped == _MANTISSA_BITS:
+                return
             self.num_bits_dropped += 1
-            self._keys, self._numbers = _counted(_coarse(self._keys, self.num_bits_dropped), self._numbers)
-
-
-def _coarse(keys: NDArray[np.uint64], num_bits: int) -> NDArray[np.uint64]:
-    return keys >> np.uint64(num_bits) << np.uint64(num_bits) if num_bits else keys
-
-
-def _counted(
-    keys: NDArray[np.uint64], numbers: NDArray[np.int64]
-) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """Each different one of ascending keys, with the sum of its numbers."""
-    if not len(keys):
-        return keys, numbers
-    firsts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
-    return keys[firsts], np.add.reduceat(numbers, firsts)
+            more = more[:0]
