@@ -109,6 +109,35 @@ def test_every_family_trains_stops_and_goes_on_bitwise(corpus, tmp_path, family:
         assert torch.equal(tensor, parts.model.state_dict()[name]), name
 
 
+def test_random_projections_are_redrawn_between_steps_and_resumed(corpus, tmp_path, monkeypatch) -> None:
+    """Counted in microbatches of the run: after more than 3 of them, at 2 a step, steps 3 and 5 draw first."""
+    from scfm.models.nn import performer
+    from scfm.train.training_model import new_objective
+
+    monkeypatch.setattr(performer, "REDRAW_INTERVAL", 3)
+    settings = {"family": "scbert", "num_epochs": 9, "max_steps": 5, "token_budget": 600, "dropout": None}
+    drawn_at = []
+    redraw = performer.Performer.redraw
+
+    def noted(stack: performer.Performer) -> None:
+        drawn_at.append(int(stack.calls_since_last_redraw))
+        redraw(stack)
+
+    monkeypatch.setattr(performer.Performer, "redraw", noted)
+    whole = run(corpus, tmp_path / "whole", **settings)
+    assert drawn_at == [4, 4] and int(whole.model.performer.calls_since_last_redraw) == 2
+    assert whole.model.performer.redraw_interval == 3
+    first = new_objective(
+        scfm.PretrainConfig(data=[corpus], **{**SMALL, **settings}), whole.corpus, "cpu"
+    ).model
+    projection = "performer.layers.0.attention.projection_matrix"
+    assert not torch.equal(first.state_dict()[projection], whole.model.state_dict()[projection])
+    run(corpus, tmp_path / "parts", progress=stopping_at(3), **settings)
+    parts = run(corpus, tmp_path / "parts", **settings)
+    assert losses_of(parts) == losses_of(whole)
+    assert torch.equal(parts.model.state_dict()[projection], whole.model.state_dict()[projection])
+
+
 def test_settings_reproduce_the_run(corpus, tmp_path) -> None:
     one, two = (run(corpus, tmp_path / name, dropout=0.1) for name in "ab")
     for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True):

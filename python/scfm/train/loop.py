@@ -118,6 +118,8 @@ class TrainingLoop:
             if self.world.size == 1:  # several ranks can no longer agree on what is whole
                 self.store.finish()
             raise
+        finally:
+            self._redraw.release()
         if self._saved_at != self.state.step:
             self._save()
         self.store.finish()
