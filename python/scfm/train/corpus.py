@@ -200,9 +200,8 @@ class Corpus:
 
         facts = self._folder.made(_LENGTHS, self._lengths_key(), make)
         self._facts = facts if facts is not None else self._facts
-        self._lengths = (
-            made[0] if made else np.load(self._folder.path / _LENGTHS, mmap_mode="r", allow_pickle=False)
-        )
+        # Mapped, so that the ranks of a machine share one copy.
+        self._lengths = made[0] if made else _mapped_array(self._folder.path / _LENGTHS)
         if not self.num_training:
             raise ConfigError(f"no cell is left to train on of {len(self):,}", where="data")
         expect_cells_fit(self.lengths, self.config.token_budget, self.row_label)
@@ -411,6 +410,11 @@ def _cells_key(held_out: NDArray[np.bool_], stamps: list[dict[str, Any]]) -> dic
 
 def _save_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
+
+
+def _mapped_array(path: Path) -> NDArray[Any]:
+    mapped: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    return mapped.view(np.ndarray)
 
 
 def _save_array(path: Path, array: NDArray[Any]) -> None:
