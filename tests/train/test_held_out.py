@@ -32,10 +32,12 @@ FEED_FORWARD = {"ffn_size": 16, "dropout": 0.0}
 PERFORMER = {"head_dim": 8, "num_features": 12}
 DECODER = {"decoder_size": 8, "decoder_layers": 1, "decoder_heads": 1, "decoder_features": 8, "num_bins": 10}
 MASKED = {"kind": "masked", "views": "disjoint", "cce": 1.0}
+CONTRAST = {**MASKED, "expression": 0.0, "mvc": 0.0, "mask_ratio": 0.0, "symmetric": True, "temperature": 0.1}
 SETTINGS = {
     "geneformer": {**SHAPE, **FEED_FORWARD, "max_tokens": 96},
     "scgpt": {**SHAPE, **FEED_FORWARD, "family": "scgpt", "max_tokens": 96},
     "scgpt-masked": {**SHAPE, **FEED_FORWARD, "family": "scgpt", "max_tokens": 96, "objective": MASKED},
+    "scgpt-contrast": {**SHAPE, **FEED_FORWARD, "family": "scgpt", "max_tokens": 96, "objective": CONTRAST},
     "scbert": {**SHAPE, "family": "scbert", "model": PERFORMER},
     "scfoundation": {**SHAPE, **FEED_FORWARD, "family": "scfoundation", "model": DECODER},
 }
@@ -43,6 +45,7 @@ BASELINES = {
     "geneformer": {"unigram", "rank-conditional", "neighbour-bigram"},
     "scgpt": {"gene-mean", "gene-mean-at-depth", "gene-mean-cells-level"},
     "scgpt-masked": {"gene-mean", "gene-mean-at-depth", "gene-mean-cells-level"},
+    "scgpt-contrast": {"chance", "pca-of-training-cells"},
     "scbert": {"bin-frequency", "bin-frequency-of-the-gene"},
     "scfoundation": {"gene-mean", "gene-mean-at-depth"},
 }
@@ -94,7 +97,7 @@ def test_every_family_beside_its_baselines(name: str) -> None:
     (report,) = found.reports
     assert isinstance(report, Report) and {row.role for row in report.rows} >= {"ours", "baseline"}
     assert found.metrics == evaluation(model).metrics
-    assert ("held_out/accuracy" in found.metrics) == (config.family in ("geneformer", "scbert"))
+    assert ("held_out/accuracy" in found.metrics) == (name in ("geneformer", "scbert", "scgpt-contrast"))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -169,6 +172,29 @@ def test_what_is_learned_shows_on_cells_never_trained_on(name: str) -> None:
         optimizer.step()
     after = evaluation(model).metrics
     assert after["held_out/loss"] < before["held_out/loss"]
+
+
+def test_a_contrast_is_that_of_the_objective() -> None:
+    """30 held-out cells are one group, and one microbatch."""
+    config, corpus = run_of("scgpt-contrast")
+    model = new_model(config, corpus)
+    objective = make_objective(config, model)
+    prepared = objective.prepare(corpus.held_out_pack(1000), epoch=2**32 - 1)
+    with torch.no_grad():
+        want = objective.losses(prepared)["cce"].item() / 30
+    found = HeldOutEvaluation(config, corpus)(model).metrics
+    assert found["held_out/loss"] == pytest.approx(want, rel=1e-5)
+    assert found["held_out/baseline/chance/loss"] == pytest.approx(math.log(30))
+    assert found["held_out/baseline/chance/accuracy"] == pytest.approx(1 / 30)
+
+
+def test_cells_are_told_from_those_of_their_batch() -> None:
+    batched = {**CONTRAST, "within_batch": True, "batch": "donor"}
+    config, corpus = run_of("scgpt-contrast", objective=batched)
+    labels = np.arange(120) // 8 % 3
+    model = new_model(config, corpus)
+    found = HeldOutEvaluation(config, corpus, batch_labels=labels)(model).metrics
+    assert found["held_out/baseline/chance/loss"] == pytest.approx(math.log(10))
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -3,6 +3,7 @@
     geneformer     chosen genes            nats, accuracy     unigram, rank-conditional, neighbour-bigram
     scbert         hidden bins             nats, accuracy     frequencies of the bins, of each gene's bins
     scgpt          hidden values           squared error      each gene's mean, at the cell's depth, at the cell's level
+                   cells (a contrast)      nats, accuracy     chance, principal components (held_out_contrast.py)
     scfoundation   hidden genes            squared error      each gene's mean, at the target's depth
 
 Items are drawn as in training, for an epoch that no training reaches, so they are the same at every step. Where
@@ -36,6 +37,7 @@ from scfm.models.scbert.model import Scbert
 from scfm.models.scfoundation.model import Scfoundation
 from scfm.models.scgpt.model import Scgpt
 from scfm.train.geneformer_objectives import evaluate_masked
+from scfm.train.held_out_contrast import CellContrast, is_contrast_alone
 from scfm.train.objective_settings import (
     GeneformerSettings,
     ObjectiveSettings,
@@ -92,6 +94,8 @@ def held_out_task(
     if isinstance(model, Scbert) and isinstance(settings, ScbertSettings):
         return _HiddenBins(model, settings, cells)
     if isinstance(model, Scgpt) and isinstance(settings, ScgptSettings):
+        if is_contrast_alone(settings):
+            return _KnownCells(model, settings, cells, batch_labels)
         return _HiddenValues(model, settings, cells, batch_labels)
     assert isinstance(model, Scfoundation) and isinstance(settings, ScfoundationSettings)
     return _HiddenGenes(model, settings, cells)
@@ -277,6 +281,32 @@ class _HiddenValues:
                 errors = (prediction.double().cpu() - asked.targets.double()).square()
                 heads.setdefault(name, []).append(errors.numpy())
         return {name: ItemScores(np.concatenate(errors)) for name, errors in heads.items()}
+
+
+class _KnownCells:
+    """scGPT's where the objective is a contrast alone."""
+
+    items = "cells that must be known again"
+
+    def __init__(
+        self, model: Scgpt, settings: ScgptSettings, cells: _Cells, batch_labels: NDArray[np.int64] | None
+    ) -> None:
+        self._contrast = CellContrast(
+            model,
+            settings,
+            cells.held_out,
+            cells.training,
+            seed=cells.seed,
+            token_budget=cells.token_budget,
+            batch_labels=batch_labels,
+        )
+        self.cells = np.arange(cells.held_out.num_cells)
+        self.baselines = {name: ItemScores(*one) for name, one in self._contrast.baselines.items()}
+
+    @torch.no_grad()
+    def score(self, model: FoundationModel) -> dict[str, ItemScores]:
+        assert isinstance(model, Scgpt)
+        return {"": ItemScores(*self._contrast.score(model))}
 
 
 class _HiddenGenes:
