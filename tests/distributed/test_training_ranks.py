@@ -228,3 +228,20 @@ def test_row_67_torchrun_starts_killed_ranks_again(settings, two_ranks, tmp_path
         line for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if "resumed" in line
     ]
     assert [json.loads(line)["step"] for line in events] == [6]
+
+
+def test_sharded_ranks_are_evaluated_as_one_process_is(ranks, settings, tmp_path) -> None:
+    """Rank 0 looks at a whole copy while the other waits; the steps go on as if nobody had looked."""
+    changes = {"held_out_fraction": 0.3, "evaluate_every": 4, "max_steps": 6}
+    found = []
+    for size, mode in ((0, "ddp"), (2, "fsdp")):
+        out = tmp_path / mode
+        finished(train(ranks, size, settings, out, parallel=mode, **changes))
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        found.append({line["step"]: line["held_out/loss"] for line in lines if "held_out/loss" in line})
+        assert f"After {NUM_STEPS - 4} steps" in (out / "evaluation.md").read_text()
+    assert list(found[1]) == [4, 6] and found[1] == pytest.approx(found[0], abs=1e-5)
+    finished(
+        train(ranks, 2, settings, tmp_path / "plain", parallel="fsdp", **{**changes, "evaluate_every": None})
+    )
+    assert losses_of(tmp_path / "plain") == losses_of(tmp_path / "fsdp")

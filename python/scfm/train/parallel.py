@@ -115,11 +115,16 @@ class ParallelModel:
         ]
         return [group for group in groups if group["params"]]
 
-    def whole_state(self) -> dict[str, Tensor]:
-        """The model's state with every tensor whole, on CPU; all ranks must ask for it together where it is sharded."""
+    def whole_state(self, *, wanted: bool = True) -> dict[str, Tensor]:
+        """The model's state with every tensor whole, on CPU; all ranks must ask together where it is sharded.
+
+        wanted: a rank that does not want it takes part and gets nothing.
+        """
         whole = {}
         for name, tensor in self.model.state_dict().items():
-            whole[name] = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+            gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if wanted:
+                whole[name] = gathered.detach().cpu()
         return whole
 
     def release(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from scfm.data.atomic_file import storage_errors, whole_file
-from scfm.errors import ConfigError
+from scfm.errors import ConfigError, ScfmWarning, StorageError
 from scfm.models.base import FoundationModel
 from scfm.train.config import PretrainConfig
 from scfm.train.corpus import Corpus
@@ -61,7 +63,12 @@ def whole_model(config: PretrainConfig, corpus: Corpus, parallel: ParallelModel)
     """
     if not parallel.is_sharded:
         return parallel.model.eval()
-    weights = parallel.whole_state()
+    return _copy(config, corpus, parallel, parallel.whole_state())
+
+
+def _copy(
+    config: PretrainConfig, corpus: Corpus, parallel: ParallelModel, weights: Mapping[str, Tensor]
+) -> FoundationModel:
     model: FoundationModel = new_objective(config, corpus, parallel.model.device).model
     model.load_state_dict(weights)
     return model.eval()
@@ -80,18 +87,31 @@ class RunEvaluation:
         self._parallel = parallel
         self.latest: HeldOutResult | None = None
         self._evaluate: HeldOutEvaluation | None = None
-        if world.is_first:
-            self._evaluate = HeldOutEvaluation(config, corpus, batch_labels=batch_labels(config, corpus))
+        with world.first_alone() as first:
+            if first:
+                labels = batch_labels(config, corpus)
+                self._evaluate = HeldOutEvaluation(config, corpus, batch_labels=labels)
 
     def __call__(self, step: int) -> Mapping[str, Any]:
         """Numbers by name, of rank 0; nothing on the others."""
-        model = whole_model(self._config, self._corpus, self._parallel)
+        parallel = self._parallel
+        weights = parallel.whole_state(wanted=self._world.is_first) if parallel.is_sharded else None
         with self._world.first_alone():
             if self._evaluate is None:
                 return {}
+            model = (
+                parallel.model if weights is None else _copy(self._config, self._corpus, parallel, weights)
+            )
             self.latest = self._evaluate(model)
-            tables = "\n".join(report.to_markdown() for report in self.latest.reports)
-            path = Path(self._config.out) / EVALUATION
+            self._write(step, self.latest)
+            return self.latest.metrics
+
+    def _write(self, step: int, found: HeldOutResult) -> None:
+        """A disk that is full costs the tables, not the training."""
+        tables = "\n".join(report.to_markdown() for report in found.reports)
+        path = Path(self._config.out) / EVALUATION
+        try:
             with storage_errors(path), whole_file(path) as temporary:
                 temporary.write_text(f"# After {step:,} steps\n\n{tables}\n", encoding="utf-8")
-            return self.latest.metrics
+        except StorageError as error:
+            warnings.warn(f"{error}; training goes on", ScfmWarning, stacklevel=2)
