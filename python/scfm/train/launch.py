@@ -116,6 +116,12 @@ def joined(device: str, timeout_seconds: float) -> Iterator[World]:
     ResourceError where the ranks do not find each other.
     """
     if dist.is_initialized():
+        if "gloo" not in str(dist.get_backend_config()):
+            raise ConfigError(
+                "the process group that is there takes no tensors on CPU",
+                where="init_process_group",
+                hint='Make it with backend "cpu:gloo,cuda:nccl", or leave it to scfm.',
+            )
         yield _with_patience(_world(dist.get_rank(), dist.get_world_size(), device, timeout_seconds))
         return
     world = _world(*_rank_and_size(), device, timeout_seconds)
