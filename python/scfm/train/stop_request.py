@@ -17,7 +17,7 @@ __all__ = ["EXIT_CODES", "StopRequest"]
 
 _SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGUSR1": getattr(signal, "SIGUSR1", None)}
 REASONS = (*_SIGNALS, "max_minutes")
-# How a program should end after each, its checkpoint written: 85 asks for the job to be queued again, SIGTERM comes from
+# How a program should end after each, its checkpoint written: 85 asks for the job to be queued again; SIGTERM is from
 # somebody who wants an end. Under torchrun every code but 0 would start the ranks anew: there all end with 0, and that
 # the folder "model" is missing tells that the run is not finished.
 EXIT_CODES = {"SIGTERM": 0, "SIGUSR1": 85, "max_minutes": 85}
