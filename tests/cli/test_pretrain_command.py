@@ -210,9 +210,6 @@ def test_usr1_ends_a_run_with_85_and_the_same_command_goes_on(tiny_adata, tmp_pa
     told = running.communicate(timeout=60)[1]
     assert running.returncode == 85 and "SIGUSR1" in told
     stopped_at = json.loads(log.read_text().splitlines()[-1])["step"]
-    again = subprocess.run(
-        [*command, "max_minutes=0.0001"], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert again.returncode == 85, again.stderr
-    assert f"resumed from step {stopped_at:,} (step-{stopped_at:08d})" in again.stderr
+    again = run(*command[4:], "max_minutes=0.0001", code=85).stderr
+    assert f"resumed from step {stopped_at:,} (step-{stopped_at:08d})" in again
     assert not (tmp_path / "run" / "model").exists()
