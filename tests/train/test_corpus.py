@@ -357,7 +357,8 @@ def test_medians_are_exact_while_they_fit_whenever_they_are_merged() -> None:
 
 def test_medians_of_more_values_than_fit_are_near_and_do_not_depend_on_order() -> None:
     adata = cells_of(400)
-    exact = medians_of(adata).medians()
+    collected = medians_of(adata)
+    exact = collected.medians()
     near = medians_of(adata, most_values=6000)
     reordered = medians_of(adata[::-1].copy(), most_values=6000)
     np.testing.assert_array_equal(near.medians(), reordered.medians())
@@ -366,6 +367,8 @@ def test_medians_of_more_values_than_fit_are_near_and_do_not_depend_on_order() -
     seen = ~np.isnan(exact)
     assert (np.abs(near.medians()[seen] / exact[seen] - 1) <= bin_width).all()
     assert len(near._keys) <= 6000
+    # No more bits than needed.
+    assert len(np.unique(collected._keys >> np.uint64(near.num_bits_dropped - 1))) > 6000
 
 
 def test_medians_are_of_what_the_tokenizer_ranks() -> None:

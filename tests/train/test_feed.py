@@ -167,6 +167,19 @@ def test_ranks_share_every_step_and_any_number_goes_on_from_it(corpus, step_size
     assert all(after == ends[0][resumed:] for _, after in ranks)
 
 
+@pytest.mark.parametrize("num_cells", [3, 5, 22])
+def test_a_run_goes_on_from_places_that_are_no_multiple_of_a_step(num_cells: int) -> None:
+    """Epochs of a prime number of microbatches, so that steps begin anywhere in them."""
+    corpus = Cells([4] * num_cells, [num_cells], token_budget=4)
+    expected = corpus.stream(4 * 12)
+    _, ends = steps_of(corpus, 4, 11)
+    assert len({cursor % 4 for _, cursor in ends}) > 1
+    for number, start in enumerate(ends, 1):
+        for world_size in (1, 2, 4):
+            ranks = [steps_of(corpus, 4, 1, rank, world_size, start=start) for rank in range(world_size)]
+            assert joined(ranks) == [expected[4 * number : 4 * number + 4]]
+
+
 def test_an_epoch_ends_where_the_next_begins() -> None:
     """The place behind an epoch's last microbatch is the next epoch's first, so that a loop sees the end."""
     corpus = Cells([4] * 12, [12], token_budget=4)
