@@ -46,6 +46,7 @@ def test_the_loss_is_the_authors(goldens) -> None:
         scfm.PackedCells.from_lists(*shown),
         {TERM: len(rows)},
         0,
+        0,
         scfm.PackedCells.from_lists(late, [[model.config.mask_value] * len(one) for one in late]),
         rows,
         columns,
@@ -67,6 +68,7 @@ def test_sums_of_microbatches_add_up() -> None:
     parts = [objective.prepare(packed.select(some), epoch=2) for some in np.array_split(order, 3)]
     assert sum(part.counts[TERM] for part in parts) == whole.counts[TERM] > 0
     assert sum(part.num_tokens for part in parts) == whole.num_tokens
+    assert whole.planned_tokens == int(objective.lengths_of(packed).sum())
     assert (
         whole.num_cells * model.config.vocab_size
         < whole.num_tokens

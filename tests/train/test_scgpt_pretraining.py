@@ -285,6 +285,7 @@ def test_a_thinned_contrast_trains() -> None:
     packed = model.tokenize(adata())
     prepared = objective.prepare(packed, epoch=0)
     assert int(prepared.packed.lengths.max()) == 12
+    assert prepared.planned_tokens == int(objective.lengths_of(packed).sum())
     assert prepared.num_tokens < int(objective.lengths_of(packed).sum()) <= 40 * 24
     sum(objective.losses(prepared).values()).backward()
     assert model.encoder.embedding.weight.grad.any()

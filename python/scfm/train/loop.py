@@ -217,7 +217,8 @@ class TrainingLoop:
             step=self.state.step + 1,
             epoch=epoch,
             cursor=cursor,
-            tokens_seen=self.state.tokens_seen + totals.num_tokens,
+            # Of the plan, like the total: a schedule must reach its end also where fewer are computed.
+            tokens_seen=self.state.tokens_seen + totals.planned_tokens,
             cells_seen=self.state.cells_seen + totals.num_cells,
         )
 

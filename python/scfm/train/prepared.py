@@ -24,6 +24,11 @@ class Prepared:
     num_tokens: int
 
     @property
+    def planned_tokens(self) -> int:
+        """What lengths_of counted for these cells: positions at most, where draws decide how many are computed."""
+        return self.num_tokens
+
+    @property
     def num_cells(self) -> int:
         return self.packed.num_cells
 

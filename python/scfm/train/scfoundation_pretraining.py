@@ -26,14 +26,19 @@ TERM = "hidden_genes"
 
 @dataclass(frozen=True)
 class ReadDepthCells(Prepared):
-    """late: what the decoder sees of the hidden genes. cells, positions: int64 (M,), the hidden genes; targets: float32
-    (M,), ln(1 + CP10k) of the whole cell.
+    """most_tokens: num_tokens with nothing hidden. late: what the decoder sees of the hidden genes. cells, positions:
+    int64 (M,), the hidden genes; targets: float32 (M,), ln(1 + CP10k) of the whole cell.
     """
 
+    most_tokens: int
     late: PackedCells
     cells: Tensor
     positions: Tensor
     targets: Tensor
+
+    @property
+    def planned_tokens(self) -> int:
+        return self.most_tokens
 
 
 class ScfoundationPretraining:
@@ -66,7 +71,14 @@ class ScfoundationPretraining:
         num_tokens = found.shown.num_tokens + packed.num_cells * self.model.config.vocab_size
         counts = {TERM: len(found.targets)}
         return ReadDepthCells(
-            found.shown, counts, num_tokens, found.late, found.cells, found.positions, found.targets
+            found.shown,
+            counts,
+            num_tokens,
+            most_tokens=int(self.lengths_of(packed).sum()),
+            late=found.late,
+            cells=found.cells,
+            positions=found.positions,
+            targets=found.targets,
         )
 
     def losses(self, prepared: Prepared) -> dict[str, Tensor]:

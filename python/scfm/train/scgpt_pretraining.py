@@ -125,8 +125,8 @@ class ScgptGenerative:
 class HiddenExpression(Prepared):
     """rows: int64 (M,), the hidden tokens of the pack; targets: float32 (M,), their values; mvc_rows, mvc_targets: the
     same of those that the cells' embeddings are asked for; num_views: the pack holds the cells this many times, all of
-    one view, then all of the next; batch_labels: int64 (cells of the pack,) or None; inputs: what the model's forward
-    takes beside the pack.
+    one view, then all of the next; most_tokens: num_tokens with nothing thinned away; batch_labels: int64 (cells of the
+    pack,) or None; inputs: what the model's forward takes beside the pack.
     """
 
     rows: Tensor
@@ -134,8 +134,13 @@ class HiddenExpression(Prepared):
     mvc_rows: Tensor
     mvc_targets: Tensor
     num_views: int
+    most_tokens: int
     batch_labels: Tensor | None
     inputs: dict[str, Any]
+
+    @property
+    def planned_tokens(self) -> int:
+        return self.most_tokens
 
     @property
     def num_cells(self) -> int:
@@ -217,6 +222,7 @@ class ScgptMasked:
             mvc_rows=mvc_rows,
             mvc_targets=real[mvc_rows],
             num_views=len(shown),
+            most_tokens=int(self.lengths_of(packed).sum()),
             batch_labels=labels,
             inputs={"batch_labels": labels} if labels is not None and _reads_labels(self.model) else {},
         )

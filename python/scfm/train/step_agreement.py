@@ -22,12 +22,13 @@ __all__ = ["StepLosses", "StepTotals"]
 @dataclass(frozen=True)
 class StepTotals:
     """Of all microbatches of all ranks. counts: units of each term; stops: ranks that noted each reason to stop;
-    flops: what the model's mathematics needs.
+    planned_tokens: what the plan counted for them; flops: what the model's mathematics needs.
     """
 
     counts: dict[str, int]
     num_cells: int
     num_tokens: int
+    planned_tokens: int
     flops: int
     stops: list[int]
 
@@ -43,14 +44,15 @@ class StepTotals:
     ) -> StepTotals:
         """The sum of what each rank has; every rank must name the same terms in the same order."""
         here = [sum(prepared.counts.get(term, 0) for prepared in microbatches) for term in terms]
-        here += [sum(p.num_cells for p in microbatches), sum(p.num_tokens for p in microbatches), int(flops)]
+        here += [sum(p.num_cells for p in microbatches), sum(p.num_tokens for p in microbatches)]
+        here += [sum(p.planned_tokens for p in microbatches), int(flops)]
         found = world.sum(torch.tensor([*here, *stops], dtype=torch.int64)).tolist()
-        counts, (cells, tokens, operations), stops = (
+        counts, (cells, tokens, planned, operations), stops = (
             found[: len(terms)],
             found[len(terms) : len(here)],
             found[len(here) :],
         )
-        return cls(dict(zip(terms, counts, strict=True)), cells, tokens, operations, list(stops))
+        return cls(dict(zip(terms, counts, strict=True)), cells, tokens, planned, operations, list(stops))
 
 
 @dataclass(frozen=True)
