@@ -29,6 +29,7 @@ from scfm.errors import ConfigError
 from scfm.models.base import FoundationModel
 from scfm.models.nn.encoder import EncoderLayer
 from scfm.models.nn.performer import PerformerBlock
+from scfm.ops.products import fast_float32
 from scfm.train.config import PretrainConfig
 from scfm.train.launch import World
 from scfm.train.prepared import Prepared
@@ -91,7 +92,8 @@ class ParallelModel:
         """Forward and backward of one of the step's microbatches; the last one's adds up gradients over the ranks."""
         with self._reducing(is_last):
             loss, sums = self.module(prepared, weights, counts)
-            loss.backward()
+            with fast_float32(self.model.device):  # the backward's products too
+                loss.backward()
         return cast(dict[str, Tensor], sums)
 
     def gradient_norm(self) -> Tensor:

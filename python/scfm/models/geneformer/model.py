@@ -44,8 +44,13 @@ class MaskedGeneHead(nn.Module):
         return row_stable_linear(self._inner(hidden), gene_table, self.bias)
 
     def losses(self, hidden: Tensor, gene_table: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of every row, in nats, float32 (N,); the logits are never in memory whole."""
-        return masked_head_loss(self._inner(hidden), gene_table, self.bias, targets)
+        """Cross-entropy of every row, in nats, float32 (N,); the logits are never in memory whole.
+
+        Products as in the layers; the exponentials are float32 always.
+        """
+        dtype = self.transform.compute_dtype
+        inner = self._inner(hidden).to(dtype)
+        return masked_head_loss(inner, gene_table.to(dtype), self.bias.to(dtype), targets)
 
     def _inner(self, hidden: Tensor) -> Tensor:
         inner: Tensor = self.norm(self.activation(self.transform(hidden)).float())
