@@ -38,13 +38,13 @@ def test_components_know_cells_by_genes_that_vary_together() -> None:
     half = draw.random((60, 600)) < 0.5
     groups = np.arange(60) // 20
     first, second = (
-        pca.of(sparse.csr_matrix(np.where(side, cells[200:], 0.0)), groups) for side in (half, ~half)
+        pca.of(sparse.csr_matrix(np.where(side, cells[200:], 0.0)), groups, 25) for side in (half, ~half)
     )
     losses, correct = contrast_scores(first, second, groups, temperature=0.1)
     assert correct.mean() > 0.8 and losses.mean() < 0.5 * np.log(20)
     shuffled = draw.permuted(cells[200:], axis=1)
     first, second = (
-        pca.of(sparse.csr_matrix(np.where(side, shuffled, 0.0)), groups) for side in (half, ~half)
+        pca.of(sparse.csr_matrix(np.where(side, shuffled, 0.0)), groups, 25) for side in (half, ~half)
     )
     assert contrast_scores(first, second, groups, temperature=0.1)[1].mean() < 0.5
 

@@ -2,9 +2,11 @@
 
     loss = cross-entropy of cos(first, second) / temperature over a group's cells;   accuracy: the nearest is its own
 
-Beside a model stand chance, and principal components: fitted on train cells, each view's values are projected on the
-loadings of its genes and centred over the group. Two halves of a cell share no gene, so the components must carry which
-genes go together. The temperature is the one of TEMPERATURES that suits views of train cells best.
+Beside a model stand chance, and principal components of train cells, genes weighted by 1 / sqrt(standard deviation).
+Two halves of a cell share no gene, so the components must carry which genes go together; and as what one half has the
+other lacks, a gene's mere presence would tell halves apart rather than bring them together. A view's point is therefore
+made of how much more than usual each of its genes is expressed, and centred over the group. Number of components and
+temperature are for the caller to choose, on train cells.
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ from scipy import sparse
 from scfm.errors import InvalidArgumentError
 from scfm.evaluate.expression_baselines import Pca, fit_pca
 
-__all__ = ["TEMPERATURES", "GenePca", "contrast_scores"]
+__all__ = ["NUM_COMPONENTS", "TEMPERATURES", "GenePca", "contrast_scores"]
 
 TEMPERATURES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-NUM_COMPONENTS = 50
-NUM_GENES = 2000
+NUM_COMPONENTS = (10, 25, 50)
+NUM_GENES = 3000
+_LEAST_DEVIATION = 0.05
 
 
 def contrast_scores(
@@ -61,14 +64,21 @@ class GenePca:
     def __init__(self, matrix: sparse.csr_matrix) -> None:
         mean = np.asarray(matrix.mean(axis=0)).ravel()
         variance = np.asarray(matrix.multiply(matrix).mean(axis=0)).ravel() - mean**2
+        expressed = np.bincount(matrix.indices[matrix.data != 0], minlength=matrix.shape[1])
         self.genes = np.sort(np.argsort(-variance, kind="stable")[:NUM_GENES])
-        self.pca: Pca = fit_pca(sparse.csr_matrix(matrix[:, self.genes]), num_components=NUM_COMPONENTS)
+        deviation = np.sqrt(np.maximum(variance[self.genes], 0.0))
+        self.weight = 1.0 / np.sqrt(np.maximum(deviation, _LEAST_DEVIATION))
+        self.usual = (mean * matrix.shape[0] / np.maximum(expressed, 1))[self.genes]
+        weighted = sparse.csr_matrix(matrix[:, self.genes] @ sparse.diags(self.weight))
+        self.pca: Pca = fit_pca(weighted, num_components=max(NUM_COMPONENTS))
 
-    def of(self, view: sparse.csr_matrix, groups: NDArray[np.int64]) -> NDArray[np.float64]:
-        """(C, components): the views' genes projected, and centred over each group, for the genes that a view lacks
-        would move all its cells alike.
-        """
-        points = np.asarray(view[:, self.genes] @ self.pca.components.T, dtype=np.float64)
+    def of(
+        self, view: sparse.csr_matrix, groups: NDArray[np.int64], num_components: int
+    ) -> NDArray[np.float64]:
+        """The views' points, (C, num_components) or fewer, around zero in each group."""
+        known = sparse.csr_matrix(view[:, self.genes])
+        known.data = (known.data - self.usual[known.indices]) * self.weight[known.indices]
+        points = np.asarray(known @ self.pca.components[:num_components].T, dtype=np.float64)
         for group in np.unique(groups):
             points[groups == group] -= points[groups == group].mean(axis=0)
         return points

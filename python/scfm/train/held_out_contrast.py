@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from scfm.data.packed import PackedCells
-from scfm.evaluate.cell_contrast import TEMPERATURES, GenePca, contrast_scores
+from scfm.evaluate.cell_contrast import NUM_COMPONENTS, TEMPERATURES, GenePca, contrast_scores
 from scfm.models.base import FoundationModel
 from scfm.models.scgpt.model import Scgpt
 from scfm.train.objective_settings import ScgptSettings
@@ -23,6 +23,7 @@ from scfm.train.scgpt_pretraining import HiddenExpression, ScgptMasked
 __all__ = ["CellContrast", "is_contrast_alone"]
 
 GROUP = 64
+_TUNING = 5  # of so many training cells one is not fitted to, but chooses the number of components and the temperature
 _EPOCH = 2**32 - 1
 
 Scores = tuple[NDArray[np.float64], NDArray[np.bool_]]
@@ -55,7 +56,7 @@ class CellContrast:
         self._held_out = held_out
         self.groups = self._groups_of(held_out)
         self.baselines = {"chance": self._chance()}
-        if training.num_cells > 2:
+        if training.num_cells > 2 * _TUNING:
             self.baselines["PCA of training cells"] = self._pca(model, training)
 
     def score(self, model: Scgpt) -> Scores:
@@ -109,23 +110,38 @@ class CellContrast:
         return np.log(size), first_of_group
 
     def _pca(self, model: Scgpt, training: PackedCells) -> Scores:
-        size = model.config.vocab_size
-        pca = GenePca(_matrix(training, size))
-        groups = self._groups_of(training)
-        views = self._projected(model, training, pca, groups)
-        heat = min(TEMPERATURES, key=lambda one: self._scores(*views, groups, one)[0].mean())
-        return self._scores(*self._projected(model, self._held_out, pca, self.groups), self.groups, heat)
+        every = np.arange(training.num_cells)
+        tuning = training.select(every % _TUNING == 0)
+        pca = self._fitted(model, training.select(every % _TUNING != 0))
+        groups, views = self._groups_of(tuning), self._halves(model, tuning)
 
-    def _projected(
-        self, model: Scgpt, packed: PackedCells, pca: GenePca, groups: NDArray[np.int64]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        def loss(choice: tuple[int, float]) -> float:
+            return float(
+                self._scores(*_projected(pca, views, groups, choice[0]), groups, choice[1])[0].mean()
+            )
+
+        size, heat = min(itertools.product(NUM_COMPONENTS, TEMPERATURES), key=loss)
+        halves = self._halves(model, self._held_out)
+        found = _projected(self._fitted(model, training), halves, self.groups, size)
+        return self._scores(*found, self.groups, heat)
+
+    def _fitted(self, model: Scgpt, training: PackedCells) -> GenePca:
+        return GenePca(_matrix(training, model.config.vocab_size))
+
+    def _halves(self, model: Scgpt, packed: PackedCells) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
+        """Values by token of both views, (cells, vocabulary)."""
         asked = self._views(model, packed).packed
-        half = asked.num_cells // 2
+        half, size = asked.num_cells // 2, model.config.vocab_size
+        return _matrix(asked.select(slice(0, half)), size), _matrix(asked.select(slice(half, None)), size)
 
-        def of(cells: slice) -> NDArray[np.float64]:
-            return pca.of(_matrix(asked.select(cells), model.config.vocab_size), groups)
 
-        return of(slice(0, half)), of(slice(half, None))
+def _projected(
+    pca: GenePca,
+    views: tuple[sparse.csr_matrix, sparse.csr_matrix],
+    groups: NDArray[np.int64],
+    num_components: int,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    return pca.of(views[0], groups, num_components), pca.of(views[1], groups, num_components)
 
 
 def _matrix(packed: PackedCells, num_tokens: int) -> sparse.csr_matrix:
@@ -134,4 +150,6 @@ def _matrix(packed: PackedCells, num_tokens: int) -> sparse.csr_matrix:
     values = packed.values.numpy().astype(np.float64)
     values[packed.cu_seqlens[:-1].numpy()] = 0.0
     arrays = (values, packed.token_ids.numpy(), packed.cu_seqlens.numpy())
-    return sparse.csr_matrix(arrays, shape=(packed.num_cells, num_tokens))
+    found = sparse.csr_matrix(arrays, shape=(packed.num_cells, num_tokens), copy=True)
+    found.eliminate_zeros()
+    return found
