@@ -188,6 +188,17 @@ def test_a_contrast_is_that_of_the_objective() -> None:
     assert found["held_out/baseline/chance/accuracy"] == pytest.approx(1 / 30)
 
 
+def test_expression_from_the_embedding_alone_is_scored_alone() -> None:
+    """Where training hides nothing and asks the embedding of one view for the other's genes."""
+    config, corpus = run_of("scgpt-contrast", objective={**CONTRAST, "mvc": 1.0, "cross_mvc": True})
+    model = new_model(config, corpus)
+    found = HeldOutEvaluation(config, corpus)(model).metrics
+    assert not any("head/" in name for name in found) and "held_out/baseline/gene-mean/loss" in found
+    other, _ = run_of("scgpt-masked", objective={"kind": "masked"})
+    want = HeldOutEvaluation(other, corpus)(model).metrics
+    assert found["held_out/loss"] == want["held_out/head/from-the-cells-embedding/loss"]
+
+
 def test_cells_are_told_from_those_of_their_batch() -> None:
     batched = {**CONTRAST, "within_batch": True, "batch": "donor"}
     config, corpus = run_of("scgpt-contrast", objective=batched)

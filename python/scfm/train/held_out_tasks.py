@@ -216,9 +216,11 @@ class _HiddenValues:
     def __init__(
         self, model: Scgpt, settings: ScgptSettings, cells: _Cells, batch_labels: NDArray[np.int64] | None
     ) -> None:
-        # Whole cells, whatever views a contrast has.
+        self._has_expression = bool(settings.expression)
+        # Whole cells, whatever views a contrast has; and where training hides nothing, as much as it does by default.
         self._settings = replace(
             settings,
+            mask_ratio=settings.mask_ratio or None,
             expression=1.0,
             ecs=0.0,
             cce=0.0,
@@ -274,9 +276,9 @@ class _HiddenValues:
             asked = self._objective(model).prepare(batch, epoch=_EPOCH)
             out = model.forward(asked.packed, **asked.inputs)
             rows = asked.rows.to(model.device)
-            found = {"": out.expression_at(rows).prediction}
+            found = {"": out.expression_at(rows).prediction} if self._has_expression else {}
             if model.mvc_decoder is not None:
-                found["from the cell's embedding"] = out.mvc_at(rows).prediction
+                found["from the cell's embedding" if found else ""] = out.mvc_at(rows).prediction
             for name, prediction in found.items():
                 errors = (prediction.double().cpu() - asked.targets.double()).square()
                 heads.setdefault(name, []).append(errors.numpy())
