@@ -27,7 +27,7 @@ from scfm import _native
 from scfm.data.gene_tables import human_symbols
 from scfm.models.geneformer.config import GeneformerConfig
 from scfm.tokenize.dictionaries import GeneformerDictionaries
-from scfm.train.flops import geneformer_flops
+from scfm.train.cost.flops import geneformer_flops
 from shapes import V1_10M
 
 SETS = ("pbmc3k_labeled.h5ad", "pbmc_multichem.h5ad")

@@ -29,8 +29,8 @@ from scfm.evaluate import log1p_cp10k, macro_f1, stratified_split
 from scfm.models.scbert.config import ScbertConfig
 from scfm.models.scbert.model import Scbert
 from scfm.tokenize.scbert_panel import ScbertPanel
-from scfm.train.scbert_objectives import annotation_losses, class_numbers, freeze
-from scfm.train.scbert_schedule import learning_rate
+from scfm.train.objectives.scbert import annotation_losses, class_numbers, freeze
+from scfm.train.objectives.scbert_schedule import learning_rate
 
 CELLS_A_STEP, CELLS_AT_ONCE, PATIENCE, SPLIT_SEED = 180, 30, 10, 2021
 

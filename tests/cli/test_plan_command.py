@@ -52,7 +52,7 @@ def test_without_data_in_words(tmp_path) -> None:
 
 
 def test_on_this_processor(monkeypatch) -> None:
-    monkeypatch.setattr("scfm.train.device_peaks.measured_peak_flops", lambda dtype: 2e11)
+    monkeypatch.setattr("scfm.train.cost.device_peaks.measured_peak_flops", lambda dtype: 2e11)
     found = run_json("precision=float32", *GUESS, "--gpu", "cpu", "--mfu", 0.5)
     assert found["gpu"] == "cpu" and found["seconds"] * 0.5 * 2e11 == pytest.approx(found["flops"])
 

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from scfm.data import atomic_file
 from scfm.train.checkpoint import CheckpointStore, TrainState
-from scfm.train.launch import World, joined
+from scfm.train.distributed.launch import World, joined
 
 SETTINGS = {"learning_rate": 1e-2, "model": {"hidden_size": 12}}
 

@@ -18,12 +18,12 @@ from scfm.models.geneformer.config import GeneformerConfig
 from scfm.models.geneformer.model import Geneformer
 from scfm.tokenize.dictionaries import GeneformerDictionaries
 from scfm.train.config import PretrainConfig
-from scfm.train.geneformer_pretraining import GeneformerPretraining
-from scfm.train.launch import joined
-from scfm.train.objective_settings import GeneformerSettings
-from scfm.train.parallel import ParallelModel
+from scfm.train.distributed.launch import joined
+from scfm.train.distributed.parallel import ParallelModel
+from scfm.train.distributed.step_agreement import StepTotals
+from scfm.train.objectives.geneformer_pretraining import GeneformerPretraining
+from scfm.train.objectives.settings import GeneformerSettings
 from scfm.train.pretrain import pretrain
-from scfm.train.step_agreement import StepTotals
 
 GENES = [f"ENSG{i:011d}" for i in range(1, 61)]
 

@@ -17,9 +17,9 @@ from scfm.tokenize.scfoundation_genes import ScfoundationGenes
 from scfm.tokenize.scgpt import ScgptTokenizer
 from scfm.tokenize.scgpt_vocab import ScgptVocab
 from scfm.train.config import PretrainConfig
-from scfm.train.launch import joined
-from scfm.train.parallel import ParallelModel
-from scfm.train.pretraining_objective import make_objective, new_model
+from scfm.train.distributed.launch import joined
+from scfm.train.distributed.parallel import ParallelModel
+from scfm.train.objectives.protocol import make_objective, new_model
 
 NUM_GENES, MICROBATCHES, CELLS = 40, 4, 5
 GENES = [f"GENE{i}" for i in range(NUM_GENES)]

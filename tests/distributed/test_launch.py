@@ -93,7 +93,7 @@ def test_row_82_a_port_that_is_taken(ranks: Ranks) -> None:
 )
 def test_variables_that_cannot_be_are_named(monkeypatch, environment: dict, named: str) -> None:
     from scfm.errors import ConfigError
-    from scfm.train.launch import joined
+    from scfm.train.distributed.launch import joined
 
     sound = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     for name, value in {**sound, **environment}.items():
@@ -104,7 +104,7 @@ def test_variables_that_cannot_be_are_named(monkeypatch, environment: dict, name
 
 def test_a_variable_alone_is_told_what_is_missing(monkeypatch) -> None:
     from scfm.errors import ConfigError
-    from scfm.train.launch import joined
+    from scfm.train.distributed.launch import joined
 
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("WORLD_SIZE", raising=False)

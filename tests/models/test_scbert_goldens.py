@@ -13,7 +13,7 @@ from models.scbert_goldens import FP32, FP64, GRADIENT, genes_of, in_float64, la
 from scfm.models.scbert.annotate import UNASSIGNED, predict_cell_types
 from scfm.models.scbert.attention_sums import attention_sums
 from scfm.models.scbert.names import their_name
-from scfm.train.scbert_objectives import (
+from scfm.train.objectives.scbert import (
     HiddenBins,
     annotation_loss,
     freeze,

@@ -8,9 +8,9 @@ import torch
 from scipy import sparse
 
 from scfm.errors import ConfigError
-from scfm.train.coexpression import coexpression_vectors
 from scfm.train.config import PretrainConfig
-from scfm.train.corpus import read_corpus
+from scfm.train.corpus.coexpression import coexpression_vectors
+from scfm.train.corpus.corpus import read_corpus
 from scfm.train.new_model import new_model
 
 SMALL = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "ffn_size": 16, "max_tokens": 64}
@@ -71,7 +71,7 @@ def adata(tiny_adata):
 
 @pytest.mark.parametrize("family", ["geneformer", "scgpt", "scbert", "scfoundation"])
 def test_a_gene_table_begins_with_them(family: str, adata, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("scfm.train.coexpression._LEAST_CELLS", 3)
+    monkeypatch.setattr("scfm.train.corpus.coexpression._LEAST_CELLS", 3)
     shape = (
         SMALL if family in ("geneformer", "scgpt") else {"num_layers": 1, "hidden_size": 16, "num_heads": 2}
     )
@@ -110,7 +110,7 @@ def test_a_gene_table_begins_with_them(family: str, adata, tmp_path, monkeypatch
 
 
 def test_held_out_cells_are_never_looked_at(adata, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("scfm.train.coexpression._LEAST_CELLS", 3)
+    monkeypatch.setattr("scfm.train.corpus.coexpression._LEAST_CELLS", 3)
     settings = {**SMALL, "family": "scgpt", "out": tmp_path, "held_out_fraction": 0.4}
     one = read_corpus(PretrainConfig.from_mapping({**settings, "data": [adata]}))
     other = adata.copy()

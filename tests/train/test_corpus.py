@@ -24,14 +24,14 @@ from scfm.data.gene_tables import human_symbols
 from scfm.data.packed import PackedCells
 from scfm.data.source_list import SourceList
 from scfm.errors import ConfigError, GeneMappingError, IntegrityError, ResourceError
-from scfm.train import corpus as corpus_module
-from scfm.train import corpus_folder
 from scfm.train.config import PretrainConfig
-from scfm.train.corpus import Corpus, build_dictionaries, read_corpus
-from scfm.train.corpus_cells import cells_where, held_out_cells, sample_cells
-from scfm.train.feed import MicrobatchFeed
-from scfm.train.gene_medians import GeneMedians
-from scfm.train.prepared import Prepared
+from scfm.train.corpus import corpus as corpus_module
+from scfm.train.corpus import folder as corpus_folder
+from scfm.train.corpus.cells import cells_where, held_out_cells, sample_cells
+from scfm.train.corpus.corpus import Corpus, build_dictionaries, read_corpus
+from scfm.train.corpus.feed import MicrobatchFeed
+from scfm.train.corpus.gene_medians import GeneMedians
+from scfm.train.objectives.prepared import Prepared
 
 # Symbols that one gene bears, so that genes can be named either way.
 GENES = {
@@ -297,7 +297,7 @@ def test_samples_are_keyed_by_cell_whatever_else_is_eligible(monkeypatch) -> Non
     chosen = sample_cells(some, 50, seed=1)
     # Half of those chosen of all are eligible here too, and enough: none of the others comes before them.
     assert len(chosen) == 50 and set(chosen.tolist()) <= set(everything.tolist())
-    monkeypatch.setattr("scfm.train.corpus_cells._CELLS_AT_ONCE", 64)
+    monkeypatch.setattr("scfm.train.corpus.cells._CELLS_AT_ONCE", 64)
     np.testing.assert_array_equal(sample_cells(some, 50, seed=1), chosen)
     assert np.array_equal(sample_cells(some, 10**6, seed=1), np.flatnonzero(some))
     # Cells that a fraction holds out are no likelier than others.

@@ -11,12 +11,12 @@ import torch
 from scfm.data.gene_tables import human_symbols
 from scfm.errors import ConfigError, InvalidArgumentError
 from scfm.train.config import PretrainConfig
-from scfm.train.corpus import read_corpus
-from scfm.train.cost import RunCost, run_cost
-from scfm.train.device_peaks import device_sheet
-from scfm.train.feed import MicrobatchFeed
-from scfm.train.flops import microbatch_flops
-from scfm.train.planned_epoch import PlannedEpoch, guessed_epoch, planned_epoch
+from scfm.train.corpus.corpus import read_corpus
+from scfm.train.corpus.feed import MicrobatchFeed
+from scfm.train.cost.cost import RunCost, run_cost
+from scfm.train.cost.device_peaks import device_sheet
+from scfm.train.cost.flops import microbatch_flops
+from scfm.train.cost.planned_epoch import PlannedEpoch, guessed_epoch, planned_epoch
 from scfm.train.training_model import new_objective
 
 H100 = device_sheet("H100")

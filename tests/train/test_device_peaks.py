@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scfm.errors import InvalidArgumentError
-from scfm.train.device_peaks import DEVICES, device_sheet, measured_peak_flops, peak_flops
+from scfm.train.cost.device_peaks import DEVICES, device_sheet, measured_peak_flops, peak_flops
 
 NAMES = {
     "NVIDIA H100 80GB HBM3": 989e12,

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from scfm.data.packed import PackedCells
 from scfm.errors import ConfigError, InvalidArgumentError, ScfmError
-from scfm.train.feed import MicrobatchFeed, share_of
-from scfm.train.microbatch_plan import MicrobatchPlan
-from scfm.train.prepared import Prepared
-from scfm.train.read_ahead import ReadAhead
+from scfm.train.corpus.feed import MicrobatchFeed, share_of
+from scfm.train.corpus.microbatch_plan import MicrobatchPlan
+from scfm.train.corpus.read_ahead import ReadAhead
+from scfm.train.objectives.prepared import Prepared
 
 
 class Part:

@@ -10,7 +10,7 @@ import torch
 
 from scfm.errors import ConfigError
 from scfm.train.config import PretrainConfig
-from scfm.train.pretraining_objective import new_model
+from scfm.train.objectives.protocol import new_model
 from train.test_held_out import SETTINGS, cells_of, tokenizer_of
 
 RUNS = [name for name in SETTINGS if name != "scgpt-masked"]

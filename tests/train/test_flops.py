@@ -31,17 +31,17 @@ from scfm.ops.products import float32_path
 from scfm.ops.varlen_attention import varlen_attention_reference
 from scfm.tokenize.dictionaries import GeneformerDictionaries
 from scfm.tokenize.scfoundation_genes import ScfoundationGenes
-from scfm.train.flops import geneformer_flops, microbatch_flops
-from scfm.train.geneformer_pretraining import GeneformerPretraining
-from scfm.train.objective_settings import (
+from scfm.train.cost.flops import geneformer_flops, microbatch_flops
+from scfm.train.objectives.geneformer_pretraining import GeneformerPretraining
+from scfm.train.objectives.scbert_pretraining import ScbertPretraining
+from scfm.train.objectives.scfoundation_pretraining import ScfoundationPretraining
+from scfm.train.objectives.scgpt_pretraining import ScgptGenerative, ScgptMasked
+from scfm.train.objectives.settings import (
     GeneformerSettings,
     ScbertSettings,
     ScfoundationSettings,
     ScgptSettings,
 )
-from scfm.train.scbert_pretraining import ScbertPretraining
-from scfm.train.scfoundation_pretraining import ScfoundationPretraining
-from scfm.train.scgpt_pretraining import ScgptGenerative, ScgptMasked
 
 LENGTHS = np.array([3, 200, 91, 150, 64])
 

@@ -9,8 +9,8 @@ import scipy.sparse as sp
 
 import scfm
 from scfm.data.gene_tables import human_symbols
-from scfm.train.corpus import build_dictionaries
-from scfm.train.gene_medians import GeneMedians
+from scfm.train.corpus.corpus import build_dictionaries
+from scfm.train.corpus.gene_medians import GeneMedians
 
 
 def test_medians_equal_the_definition(tiny_adata) -> None:

@@ -13,9 +13,9 @@ from scfm.data.packed import PackedCells
 from scfm.errors import ConfigError
 from scfm.models.geneformer.names import to_authors
 from scfm.train.config import PretrainConfig
-from scfm.train.geneformer_pretraining import MaskedGenes
 from scfm.train.objectives import mask_genes, masked_gene_loss
-from scfm.train.pretraining_objective import make_objective, new_model
+from scfm.train.objectives.geneformer_pretraining import MaskedGenes
+from scfm.train.objectives.protocol import make_objective, new_model
 
 TERM = "masked_genes"
 SMALL = {"num_layers": 1, "hidden_size": 32, "num_heads": 2, "ffn_size": 32, "max_tokens": 64}

@@ -21,9 +21,9 @@ from scfm.tokenize.dictionaries import GeneformerDictionaries
 from scfm.tokenize.scfoundation_genes import ScfoundationGenes
 from scfm.tokenize.scgpt_vocab import ScgptVocab
 from scfm.train.config import PretrainConfig
-from scfm.train.held_out import HeldOutEvaluation
-from scfm.train.held_out_tasks import held_out_task
-from scfm.train.pretraining_objective import make_objective, new_model
+from scfm.train.evaluation.held_out import HeldOutEvaluation
+from scfm.train.evaluation.held_out_tasks import held_out_task
+from scfm.train.objectives.protocol import make_objective, new_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::scfm.ScfmWarning")
 SYMBOLS = sorted(human_symbols())[:120]

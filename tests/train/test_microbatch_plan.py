@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scfm.errors import ConfigError, ScfmError
-from scfm.train.budget_advice import better_budget, unused_share
-from scfm.train.microbatch_plan import MicrobatchPlan
+from scfm.train.corpus.budget_advice import better_budget, unused_share
+from scfm.train.corpus.microbatch_plan import MicrobatchPlan
 
 
 @st.composite

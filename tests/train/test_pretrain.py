@@ -14,8 +14,8 @@ import torch
 
 import scfm
 from scfm.errors import ConfigError, IntegrityError, ScfmError
+from scfm.train.distributed.run_lock import RunLock
 from scfm.train.pretrain import pretrain
-from scfm.train.run_lock import RunLock
 from scfm.train.schedule import learning_rate_factor
 
 # So few cells fill no budget well, which is advised against.
@@ -262,7 +262,7 @@ class Poisoned:
     """The objective's losses, not finite at some calls; counts them."""
 
     def __init__(self, monkeypatch, bad_calls) -> None:
-        from scfm.train.geneformer_pretraining import GeneformerPretraining
+        from scfm.train.objectives.geneformer_pretraining import GeneformerPretraining
 
         self.calls = 0
         sound = GeneformerPretraining.losses
@@ -384,8 +384,8 @@ def test_blocks_are_compiled_inside_what_is_recomputed(corpus, tmp_path, monkeyp
 
 def test_norms_and_biases_do_not_decay(corpus, tmp_path) -> None:
     """A rate of learning that moves nothing shows the decay alone."""
-    from scfm.train.launch import joined
-    from scfm.train.parallel import ParallelModel
+    from scfm.train.distributed.launch import joined
+    from scfm.train.distributed.parallel import ParallelModel
     from scfm.train.training_model import new_objective
 
     result = run(corpus, tmp_path / "run", max_steps=1)

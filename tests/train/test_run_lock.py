@@ -14,7 +14,7 @@ import pytest
 
 from scfm.data.process_name import host_name, start_time
 from scfm.errors import ConfigError, StorageError
-from scfm.train.run_lock import LOCK_FILE, RunLock
+from scfm.train.distributed.run_lock import LOCK_FILE, RunLock
 
 
 def owner(path: Path, **facts: object) -> None:
@@ -46,7 +46,7 @@ def test_released_when_the_job_fails(tmp_path) -> None:
 
 def test_a_killed_owner_is_taken_over_at_once(tmp_path) -> None:
     program = (
-        "import os, sys, signal; from scfm.train.run_lock import RunLock; RunLock(sys.argv[1]).__enter__();"
+        "import os, sys, signal; from scfm.train.distributed.run_lock import RunLock; RunLock(sys.argv[1]).__enter__();"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False).returncode == -9

@@ -13,7 +13,7 @@ from models.scbert_goldens import largest, pack
 from scfm.errors import InvalidArgumentError
 from scfm.models.scbert.config import ScbertConfig
 from scfm.models.scbert.model import Scbert
-from scfm.train.scbert_objectives import (
+from scfm.train.objectives.scbert import (
     annotation_loss,
     annotation_losses,
     balanced_class_weights,
@@ -23,7 +23,7 @@ from scfm.train.scbert_objectives import (
     hidden_bin_loss,
     hide_bins,
 )
-from scfm.train.scbert_schedule import learning_rate
+from scfm.train.objectives.scbert_schedule import learning_rate
 
 SHAPE = {
     "num_genes": 300,

@@ -15,9 +15,9 @@ from models.scbert_goldens import genes_of, load, pack
 from scfm.errors import ConfigError
 from scfm.models.scbert.model import Scbert
 from scfm.train.config import PretrainConfig
-from scfm.train.pretraining_objective import make_objective, new_model
-from scfm.train.scbert_objectives import hidden_bin_loss, hide_bins
-from scfm.train.scbert_pretraining import AskedBins
+from scfm.train.objectives.protocol import make_objective, new_model
+from scfm.train.objectives.scbert import hidden_bin_loss, hide_bins
+from scfm.train.objectives.scbert_pretraining import AskedBins
 
 TERM = "hidden_bins"
 SYMBOLS = [f"GENE{i}" for i in range(120)]

@@ -11,7 +11,7 @@ from models import scfoundation_cells
 from models.scfoundation_cells import NUM_GENES, counts
 from scfm.errors import InvalidArgumentError
 from scfm.train.objectives import hide_genes, read_depth_loss
-from scfm.train.scfoundation_objectives import down_sample
+from scfm.train.objectives.scfoundation import down_sample
 
 pytestmark = pytest.mark.filterwarnings("ignore::scfm.ScfmWarning")
 T, S = NUM_GENES, NUM_GENES + 1

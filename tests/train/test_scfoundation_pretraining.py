@@ -15,8 +15,8 @@ from scfm.models.scfoundation.model import Scfoundation
 from scfm.tokenize.scfoundation_genes import ScfoundationGenes
 from scfm.train.config import PretrainConfig
 from scfm.train.objectives import hide_genes, read_depth_loss
-from scfm.train.pretraining_objective import make_objective, new_model
-from scfm.train.scfoundation_pretraining import ReadDepthCells
+from scfm.train.objectives.protocol import make_objective, new_model
+from scfm.train.objectives.scfoundation_pretraining import ReadDepthCells
 
 pytestmark = pytest.mark.filterwarnings("ignore::scfm.ScfmWarning")
 TERM = "hidden_genes"

@@ -14,13 +14,6 @@ from scfm.errors import InvalidArgumentError
 from scfm.models.scgpt.config import ScgptConfig
 from scfm.models.scgpt.model import Scgpt
 from scfm.models.scgpt.names import our_name
-from scfm.train.losses import (
-    cell_similarity_loss,
-    contrastive_cell_loss,
-    expressed_loss,
-    masked_mse,
-    masked_relative_error,
-)
 from scfm.train.objectives import (
     ExpressionTargets,
     FineTuningObjective,
@@ -28,6 +21,13 @@ from scfm.train.objectives import (
     GenerativeTargets,
     hide_expression,
     split_expression,
+)
+from scfm.train.objectives.losses import (
+    cell_similarity_loss,
+    contrastive_cell_loss,
+    expressed_loss,
+    masked_mse,
+    masked_relative_error,
 )
 
 VARIANTS = [

@@ -17,17 +17,17 @@ from scfm.errors import ConfigError
 from scfm.models.scgpt.config import ScgptConfig
 from scfm.models.scgpt.model import Scgpt
 from scfm.tokenize.scgpt_vocab import ScgptVocab
-from scfm.train.cell_views import cut, thinned, two_views, view_lengths
 from scfm.train.config import PretrainConfig
-from scfm.train.losses import contrastive_cell_loss
 from scfm.train.objectives import (
     ExpressionTargets,
     FineTuningObjective,
     GenerativeObjective,
     GenerativeTargets,
 )
-from scfm.train.pretraining_objective import make_objective, new_model
-from scfm.train.scgpt_pretraining import HiddenExpression, UnknownExpression
+from scfm.train.objectives.cell_views import cut, thinned, two_views, view_lengths
+from scfm.train.objectives.losses import contrastive_cell_loss
+from scfm.train.objectives.protocol import make_objective, new_model
+from scfm.train.objectives.scgpt_pretraining import HiddenExpression, UnknownExpression
 from train.test_scgpt_objectives import close_loss, generative_batch, generative_pack, tiny_model
 
 SYMBOLS = [f"GENE{i}" for i in range(120)]

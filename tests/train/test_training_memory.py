@@ -11,7 +11,7 @@ from scfm.models.geneformer.model import Geneformer
 from scfm.models.nn.encoder import EncoderLayer
 from scfm.models.nn.linear import Linear
 from scfm.models.nn.performer import PerformerBlock, PerformerShape
-from scfm.train.training_memory import RESERVE, bytes_a_token, training_memory
+from scfm.train.cost.training_memory import RESERVE, bytes_a_token, training_memory
 
 NUM_TOKENS = 1000
 

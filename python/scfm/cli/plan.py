@@ -13,8 +13,8 @@ from scfm.cli.pretrain import Settings, read_settings
 
 if TYPE_CHECKING:
     from scfm.train.config import PretrainConfig
-    from scfm.train.cost import RunCost
-    from scfm.train.device_peaks import DeviceSheet
+    from scfm.train.cost.cost import RunCost
+    from scfm.train.cost.device_peaks import DeviceSheet
 
 _THIS_CPU = "cpu"
 
@@ -47,8 +47,8 @@ def plan(
         if (cells is None) != (tokens_per_cell is None):
             raise InvalidArgumentError("goes with --cells, and --cells with it", where="--tokens-per-cell")
         sheet = _sheet(gpu)
-        from scfm.train.cost import run_cost
-        from scfm.train.planned_epoch import guessed_epoch, planned_epoch
+        from scfm.train.cost.cost import run_cost
+        from scfm.train.cost.planned_epoch import guessed_epoch, planned_epoch
 
         if cells is not None and tokens_per_cell is not None:
             epoch = guessed_epoch(config, cells, tokens_per_cell)
@@ -72,7 +72,7 @@ def plan(
 
 
 def _sheet(gpu: str) -> DeviceSheet:
-    from scfm.train.device_peaks import DeviceSheet, device_sheet, measured_peak_flops
+    from scfm.train.cost.device_peaks import DeviceSheet, device_sheet, measured_peak_flops
 
     if gpu.lower() != _THIS_CPU:
         return device_sheet(gpu)

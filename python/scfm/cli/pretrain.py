@@ -46,8 +46,8 @@ def pretrain(settings: Settings, as_json: options.Json = False, quiet: options.Q
     rank = int(os.environ.get("RANK") or 0)
     with output_may_break(), _said_by(rank), reporting(as_json=as_json and rank == 0):
         config = read_settings(settings)
+        from scfm.train.distributed.stop_request import EXIT_CODES
         from scfm.train.pretrain import pretrain as run
-        from scfm.train.stop_request import EXIT_CODES
 
         with training_progress(quiet=quiet or as_json or rank > 0) as progress:
             result = run(config, progress=progress)

@@ -58,9 +58,9 @@ class PretrainConfig:
     the family's objective, such as {"mask_ratio": 0.15}.
 
     gene_embeddings: how the gene table begins, "random" or "coexpression": its first coexpression_size columns are then
-    vectors of genes that vary together over the training cells (coexpression.py). gene_std: standard deviation of a
-    random gene table, None for the family's; branch_scale: how much smaller what each layer adds begins; centred_start:
-    of scGPT, whether its cell embeddings begin around zero (first_weights.py).
+    vectors of genes that vary together over the training cells (corpus/coexpression.py). gene_std: standard deviation
+    of a random gene table, None for the family's; branch_scale: how much smaller what each layer adds begins;
+    centred_start: of scGPT, whether its cell embeddings begin around zero (first_weights.py).
 
     Steps. A microbatch holds at most token_budget tokens of whole cells; a step adds up microbatches_per_step of them,
     shared out evenly between the ranks. shuffle_block, shuffle_window: consecutive cells read together, and cells

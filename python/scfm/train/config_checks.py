@@ -20,7 +20,7 @@ from scfm.models.nn.precision import resolve_device
 from scfm.models.scbert.config import ScbertConfig
 from scfm.models.scfoundation.config import ScfoundationConfig
 from scfm.models.scgpt.config import ScgptConfig
-from scfm.train.objective_settings import objective_settings
+from scfm.train.objectives.settings import objective_settings
 
 if TYPE_CHECKING:
     from scfm.train.config import PretrainConfig

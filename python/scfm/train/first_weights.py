@@ -1,7 +1,7 @@
 """How a model's weights begin where a run says so: what its genes start from, and how little its layers do at first.
 
 gene_std          of the gene table; a small one in front of a norm learns faster, for only its direction counts
-gene_embeddings   "coexpression": vectors of genes that vary together (coexpression.py)
+gene_embeddings   "coexpression": vectors of genes that vary together (corpus/coexpression.py)
 branch_scale      what each layer adds to the stream begins this much smaller, so that the stack begins near identity
 centred_start     the last norm's bias begins at minus the mean cell embedding of some training cells: cells then point
                   in different directions from the first step on, which is what a contrast of cosines works with

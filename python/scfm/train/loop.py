@@ -26,18 +26,18 @@ from torch import Tensor
 from scfm.errors import ScfmError
 from scfm.train.checkpoint import CheckpointStore, TrainState
 from scfm.train.config import PretrainConfig
-from scfm.train.device_peaks import peak_flops
-from scfm.train.feed import MicrobatchFeed, StepBatch
-from scfm.train.flops import microbatch_flops
-from scfm.train.launch import World
+from scfm.train.corpus.feed import MicrobatchFeed, StepBatch
+from scfm.train.cost.device_peaks import peak_flops
+from scfm.train.cost.flops import microbatch_flops
+from scfm.train.distributed.launch import World
+from scfm.train.distributed.parallel import ParallelModel
+from scfm.train.distributed.projection_redraw import ProjectionRedraw
+from scfm.train.distributed.step_agreement import StepLosses, StepTotals
+from scfm.train.distributed.stop_request import StopRequest
 from scfm.train.metrics import MetricsLog, StepMetrics, peak_memory_bytes
-from scfm.train.parallel import ParallelModel
-from scfm.train.prepared import Prepared
-from scfm.train.pretraining_objective import PretrainingObjective
-from scfm.train.projection_redraw import ProjectionRedraw
+from scfm.train.objectives.prepared import Prepared
+from scfm.train.objectives.protocol import PretrainingObjective
 from scfm.train.schedule import learning_rate_factor
-from scfm.train.step_agreement import StepLosses, StepTotals
-from scfm.train.stop_request import StopRequest
 
 __all__ = ["Evaluation", "TrainingLoop", "is_done"]
 

@@ -10,7 +10,7 @@ memory (the oldest of more than a megabyte are given up) and are written when th
 
     tokens_per_s = tokens / step_s,   cells_per_s = cells / step_s,   mfu = model FLOPs / (step_s * peak of all devices)
 
-step_s is the whole step, the wait for data in it. Formulas of the FLOPs: flops.py.
+step_s is the whole step, the wait for data in it. Formulas of the FLOPs: cost/flops.py.
 """
 
 from __future__ import annotations

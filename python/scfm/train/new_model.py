@@ -25,7 +25,7 @@ from scfm.tokenize.scfoundation_genes import ScfoundationGenes
 from scfm.tokenize.scgpt_vocab import ScgptVocab
 from scfm.train.config import PretrainConfig
 from scfm.train.first_weights import StartingCorpus, set_first_weights
-from scfm.train.objective_settings import ScgptSettings, objective_settings
+from scfm.train.objectives.settings import ScgptSettings, objective_settings
 
 __all__ = ["new_model"]
 

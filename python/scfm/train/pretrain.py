@@ -3,9 +3,9 @@
     out/
         settings.json       the run's settings
         metrics.jsonl       a line a step (metrics.py)
-        evaluation.md       held-out cells and probes beside their baselines, newest (held_out.py)
+        evaluation.md       held-out cells and probes beside their baselines, newest (evaluation/held_out.py)
         checkpoints/        where a run that was stopped or killed goes on (checkpoint/)
-        corpus/             vocabulary and lengths of the cells, found once (corpus_folder.py)
+        corpus/             vocabulary and lengths of the cells, found once (corpus/folder.py)
         model/              the trained model; it appears when the run is finished, whole
 
 The same call begins a run, goes on with one that was interrupted, and gives the result of one that is finished. Under
@@ -36,15 +36,15 @@ from scfm.train.checkpoint import (
     expect_same_data,
 )
 from scfm.train.config import PretrainConfig
-from scfm.train.corpus import Corpus, read_corpus
-from scfm.train.feed import MicrobatchFeed
-from scfm.train.held_out import HeldOutResult
-from scfm.train.launch import World, joined
+from scfm.train.corpus.corpus import Corpus, read_corpus
+from scfm.train.corpus.feed import MicrobatchFeed
+from scfm.train.distributed.launch import World, joined
+from scfm.train.distributed.parallel import ParallelModel
+from scfm.train.distributed.run_lock import RunLock
+from scfm.train.distributed.stop_request import StopRequest
+from scfm.train.evaluation.held_out import HeldOutResult
 from scfm.train.loop import TrainingLoop, is_done
 from scfm.train.metrics import FILE_NAME, MetricsLog, require_tensorboard
-from scfm.train.parallel import ParallelModel
-from scfm.train.run_lock import RunLock
-from scfm.train.stop_request import StopRequest
 from scfm.train.training_model import RunEvaluation, new_objective, whole_model
 
 __all__ = ["PretrainResult", "pretrain"]
@@ -91,7 +91,7 @@ def pretrain(
     events such as {"event": "resumed", "step": 100, ...}. SIGTERM and SIGUSR1 stop the run after the step at hand, with
     a checkpoint. Raises ConfigError for settings, also for those that a resumed run may not change, IntegrityError for
     data that changed, the readers' errors for data, and ScfmError when losses stop being finite. Among several ranks an
-    error is printed and ends the process (launch.py).
+    error is printed and ends the process (distributed/launch.py).
     """
     config = _settings(config)
     with joined(config.device, config.timeout_seconds) as world:

@@ -17,11 +17,11 @@ from scfm.data.atomic_file import storage_errors, whole_file
 from scfm.errors import ConfigError, ScfmWarning, StorageError
 from scfm.models.base import FoundationModel
 from scfm.train.config import PretrainConfig
-from scfm.train.corpus import Corpus
-from scfm.train.held_out import HeldOutEvaluation, HeldOutResult
-from scfm.train.launch import World
-from scfm.train.parallel import ParallelModel
-from scfm.train.pretraining_objective import PretrainingObjective, make_objective, new_model
+from scfm.train.corpus.corpus import Corpus
+from scfm.train.distributed.launch import World
+from scfm.train.distributed.parallel import ParallelModel
+from scfm.train.evaluation.held_out import HeldOutEvaluation, HeldOutResult
+from scfm.train.objectives.protocol import PretrainingObjective, make_objective, new_model
 
 __all__ = ["RunEvaluation", "batch_labels", "new_objective", "whole_model"]
 

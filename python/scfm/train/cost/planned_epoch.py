@@ -31,14 +31,14 @@ from scfm.tokenize.dictionaries import GeneformerDictionaries
 from scfm.tokenize.scbert_panel import ScbertPanel
 from scfm.tokenize.scfoundation_genes import ScfoundationGenes
 from scfm.tokenize.scgpt_vocab import ScgptVocab
-from scfm.train.budget_advice import better_budget, unused_share
 from scfm.train.config import PretrainConfig
-from scfm.train.corpus import read_corpus
-from scfm.train.corpus_vocabulary import Vocabulary, given_vocabulary, tokenizer_of
-from scfm.train.microbatch_plan import expect_cells_fit
-from scfm.train.objective_settings import objective_settings
-from scfm.train.prepared import Prepared
-from scfm.train.pretraining_objective import PretrainingObjective, make_objective, new_model
+from scfm.train.corpus.budget_advice import better_budget, unused_share
+from scfm.train.corpus.corpus import read_corpus
+from scfm.train.corpus.microbatch_plan import expect_cells_fit
+from scfm.train.corpus.vocabulary import Vocabulary, given_vocabulary, tokenizer_of
+from scfm.train.objectives.prepared import Prepared
+from scfm.train.objectives.protocol import PretrainingObjective, make_objective, new_model
+from scfm.train.objectives.settings import objective_settings
 from scfm.train.training_model import batch_labels
 
 __all__ = ["PlannedEpoch", "guessed_epoch", "planned_epoch"]

@@ -36,18 +36,18 @@ from scfm.models.geneformer.model import Geneformer
 from scfm.models.scbert.model import Scbert
 from scfm.models.scfoundation.model import Scfoundation
 from scfm.models.scgpt.model import Scgpt
-from scfm.train.geneformer_objectives import evaluate_masked
-from scfm.train.held_out_contrast import CellContrast, is_contrast_alone
-from scfm.train.objective_settings import (
+from scfm.train.evaluation.held_out_contrast import CellContrast, is_contrast_alone
+from scfm.train.objectives.geneformer import evaluate_masked
+from scfm.train.objectives.scbert import hide_bins
+from scfm.train.objectives.scfoundation import HiddenGenes, hide_genes
+from scfm.train.objectives.scgpt_pretraining import ScgptGenerative, ScgptMasked
+from scfm.train.objectives.settings import (
     GeneformerSettings,
     ObjectiveSettings,
     ScbertSettings,
     ScfoundationSettings,
     ScgptSettings,
 )
-from scfm.train.scbert_objectives import hide_bins
-from scfm.train.scfoundation_objectives import HiddenGenes, hide_genes
-from scfm.train.scgpt_pretraining import ScgptGenerative, ScgptMasked
 
 __all__ = ["HeldOutTask", "ItemScores", "held_out_task"]
 

@@ -21,13 +21,13 @@ from scfm.errors import ConfigError
 from scfm.evaluate import Metric, Report, Row, paired_bootstrap
 from scfm.models.base import FoundationModel
 from scfm.train.config import PretrainConfig
-from scfm.train.embedding_probe import EmbeddingProbe
-from scfm.train.held_out_tasks import HeldOutTask, ItemScores, held_out_task
+from scfm.train.evaluation.embedding_probe import EmbeddingProbe
+from scfm.train.evaluation.held_out_tasks import HeldOutTask, ItemScores, held_out_task
 from scfm.train.new_model import new_model
-from scfm.train.objective_settings import objective_settings
+from scfm.train.objectives.settings import objective_settings
 
 if TYPE_CHECKING:
-    from scfm.train.corpus import Corpus
+    from scfm.train.corpus.corpus import Corpus
 
 __all__ = ["HeldOutEvaluation", "HeldOutResult"]
 

@@ -32,16 +32,16 @@ from scfm.models.scgpt.decoders import Expression
 from scfm.models.scgpt.model import Scgpt
 from scfm.models.scgpt.output import ScgptOutput
 from scfm.tokenize.scgpt_masking import hide_share
-from scfm.train.cell_views import GeneSamples, cut, thinned, two_views, view_lengths
-from scfm.train.losses import (
+from scfm.train.objectives.cell_views import GeneSamples, cut, thinned, two_views, view_lengths
+from scfm.train.objectives.losses import (
     cell_similarity_losses,
     contrastive_cell_losses,
     expressed_losses,
     squared_errors,
 )
-from scfm.train.objective_settings import ScgptSettings
-from scfm.train.prepared import Prepared
-from scfm.train.scgpt_objectives import split_expression
+from scfm.train.objectives.prepared import Prepared
+from scfm.train.objectives.scgpt import split_expression
+from scfm.train.objectives.settings import ScgptSettings
 
 __all__ = ["HiddenExpression", "ScgptGenerative", "ScgptMasked", "UnknownExpression"]
 

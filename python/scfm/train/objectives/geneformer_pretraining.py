@@ -1,7 +1,7 @@
 """Geneformer's pretraining: masked genes, as sums that any number of ranks can add up.
 
 One term, "masked_genes": the cross-entropy of the chosen tokens in nats, over their number. The vocabulary-wide head
-runs on these rows only. See geneformer_objectives.py for which tokens are chosen and what is shown of them.
+runs on these rows only. See geneformer.py for which tokens are chosen and what is shown of them.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from scfm.data.packed import PackedCells
 from scfm.models.geneformer.model import Geneformer
-from scfm.train.geneformer_objectives import mask_genes
-from scfm.train.objective_settings import GeneformerSettings
-from scfm.train.prepared import Prepared
+from scfm.train.objectives.geneformer import mask_genes
+from scfm.train.objectives.prepared import Prepared
+from scfm.train.objectives.settings import GeneformerSettings
 
 __all__ = ["GeneformerPretraining", "MaskedGenes"]
 

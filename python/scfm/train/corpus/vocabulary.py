@@ -34,7 +34,7 @@ from scfm.tokenize.scgpt import ScgptTokenizer
 from scfm.tokenize.scgpt_vocab import ScgptVocab
 from scfm.tokenize.symbol_genes import map_symbols
 from scfm.train.config import PretrainConfig
-from scfm.train.gene_medians import GeneMedians
+from scfm.train.corpus.gene_medians import GeneMedians
 
 __all__ = [
     "Vocabulary",

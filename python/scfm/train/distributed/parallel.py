@@ -31,9 +31,9 @@ from scfm.models.nn.encoder import EncoderLayer
 from scfm.models.nn.performer import PerformerBlock
 from scfm.ops.products import fast_float32
 from scfm.train.config import PretrainConfig
-from scfm.train.launch import World
-from scfm.train.prepared import Prepared
-from scfm.train.pretraining_objective import PretrainingObjective
+from scfm.train.distributed.launch import World
+from scfm.train.objectives.prepared import Prepared
+from scfm.train.objectives.protocol import PretrainingObjective
 
 __all__ = ["ParallelModel", "TrainingModule"]
 

@@ -1,8 +1,8 @@
 """Held-out cells of a run whose objective is a contrast alone: is a cell known again from other genes of its own?
 
-The views are those of the objective (cell_views.py), drawn for an epoch that no training reaches. A cell is told from
-63 others, of its own batch where the objective says so. Beside the model stand chance and principal components of the
-training cells (evaluate/cell_contrast.py).
+The views are those of the objective (objectives/cell_views.py), drawn for an epoch that no training reaches. A cell is
+told from 63 others, of its own batch where the objective says so. Beside the model stand chance and principal
+components of the training cells (evaluate/cell_contrast.py).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from scfm.data.packed import PackedCells
 from scfm.evaluate.cell_contrast import NUM_COMPONENTS, TEMPERATURES, GenePca, contrast_scores
 from scfm.models.base import FoundationModel
 from scfm.models.scgpt.model import Scgpt
-from scfm.train.objective_settings import ScgptSettings
-from scfm.train.scgpt_pretraining import HiddenExpression, ScgptMasked
+from scfm.train.objectives.scgpt_pretraining import HiddenExpression, ScgptMasked
+from scfm.train.objectives.settings import ScgptSettings
 
 __all__ = ["CellContrast", "is_contrast_alone"]
 

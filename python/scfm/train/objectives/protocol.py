@@ -24,19 +24,19 @@ from scfm.models.scbert.model import Scbert
 from scfm.models.scfoundation.model import Scfoundation
 from scfm.models.scgpt.model import Scgpt
 from scfm.train.config import PretrainConfig
-from scfm.train.geneformer_pretraining import GeneformerPretraining
 from scfm.train.new_model import new_model
-from scfm.train.objective_settings import (
+from scfm.train.objectives.geneformer_pretraining import GeneformerPretraining
+from scfm.train.objectives.prepared import Prepared
+from scfm.train.objectives.scbert_pretraining import ScbertPretraining
+from scfm.train.objectives.scfoundation_pretraining import ScfoundationPretraining
+from scfm.train.objectives.scgpt_pretraining import ScgptGenerative, ScgptMasked
+from scfm.train.objectives.settings import (
     GeneformerSettings,
     ScbertSettings,
     ScfoundationSettings,
     ScgptSettings,
     objective_settings,
 )
-from scfm.train.prepared import Prepared
-from scfm.train.scbert_pretraining import ScbertPretraining
-from scfm.train.scfoundation_pretraining import ScfoundationPretraining
-from scfm.train.scgpt_pretraining import ScgptGenerative, ScgptMasked
 
 __all__ = ["Prepared", "PretrainingObjective", "make_objective", "new_model"]
 

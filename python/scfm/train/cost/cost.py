@@ -23,12 +23,12 @@ from scfm.errors import InvalidArgumentError
 from scfm.models.nn.encoder import EncoderLayer
 from scfm.models.nn.performer import PerformerBlock
 from scfm.train.config import PretrainConfig
-from scfm.train.device_peaks import DeviceSheet
-from scfm.train.feed import share_of
-from scfm.train.flops import Flops, microbatch_flops
-from scfm.train.objective_settings import ScgptSettings, objective_settings
-from scfm.train.planned_epoch import PlannedEpoch
-from scfm.train.training_memory import TrainingMemory, training_memory
+from scfm.train.corpus.feed import share_of
+from scfm.train.cost.device_peaks import DeviceSheet
+from scfm.train.cost.flops import Flops, microbatch_flops
+from scfm.train.cost.planned_epoch import PlannedEpoch
+from scfm.train.cost.training_memory import TrainingMemory, training_memory
+from scfm.train.objectives.settings import ScgptSettings, objective_settings
 
 __all__ = ["RunCost", "run_cost"]
 

@@ -35,7 +35,12 @@ from scfm.models.scgpt.output import ScgptOutput
 from scfm.models.scgpt.spatial import impute_from_neighbors
 from scfm.tokenize.scgpt_generative import split_for_generation
 from scfm.tokenize.scgpt_masking import hide_share
-from scfm.train.losses import cell_similarity_loss, contrastive_cell_loss, expressed_loss, masked_mse
+from scfm.train.objectives.losses import (
+    cell_similarity_loss,
+    contrastive_cell_loss,
+    expressed_loss,
+    masked_mse,
+)
 
 __all__ = [
     "SECOND_PASS_AFTER",

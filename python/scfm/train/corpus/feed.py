@@ -25,14 +25,14 @@ from numpy.typing import NDArray
 from scfm.data.packed import PackedCells
 from scfm.data.windows import read_windows
 from scfm.errors import ConfigError, InvalidArgumentError
-from scfm.train.microbatch_plan import MicrobatchPlan
-from scfm.train.prepared import Prepared
-from scfm.train.read_ahead import ReadAhead
+from scfm.train.corpus.microbatch_plan import MicrobatchPlan
+from scfm.train.corpus.read_ahead import ReadAhead
+from scfm.train.objectives.prepared import Prepared
 
 if TYPE_CHECKING:
     from scfm.train.config import PretrainConfig
-    from scfm.train.corpus import Corpus
-    from scfm.train.pretraining_objective import PretrainingObjective
+    from scfm.train.corpus.corpus import Corpus
+    from scfm.train.objectives.protocol import PretrainingObjective
 
 __all__ = ["MicrobatchFeed", "StepBatch"]
 

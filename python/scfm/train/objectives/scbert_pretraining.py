@@ -1,7 +1,7 @@
 """scBERT's pretraining: hidden bins, as sums that any number of ranks can add up.
 
 One term, "hidden_bins": the cross-entropy of the bins that are asked for, in nats, over their number. See
-scbert_objectives.py for which these are. Every position of the panel is computed in every cell, expressed or not.
+scbert.py for which these are. Every position of the panel is computed in every cell, expressed or not.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 from scfm.data.packed import PackedCells
 from scfm.errors import ConfigError
 from scfm.models.scbert.model import Scbert
-from scfm.train.objective_settings import ScbertSettings
-from scfm.train.prepared import Prepared
-from scfm.train.scbert_objectives import hide_bins
+from scfm.train.objectives.prepared import Prepared
+from scfm.train.objectives.scbert import hide_bins
+from scfm.train.objectives.settings import ScbertSettings
 
 __all__ = ["AskedBins", "ScbertPretraining"]
 

@@ -28,12 +28,12 @@ from scfm.models.scbert.config import ScbertConfig
 from scfm.models.scfoundation.config import ScfoundationConfig
 from scfm.models.scgpt.config import ScgptConfig
 from scfm.models.scgpt.mvc import QUERY_SIZE
-from scfm.train.geneformer_pretraining import MaskedGenes
-from scfm.train.prepared import Prepared
-from scfm.train.pretraining_objective import PretrainingObjective
-from scfm.train.scbert_pretraining import AskedBins
-from scfm.train.scfoundation_pretraining import ReadDepthCells
-from scfm.train.scgpt_pretraining import HiddenExpression, UnknownExpression
+from scfm.train.objectives.geneformer_pretraining import MaskedGenes
+from scfm.train.objectives.prepared import Prepared
+from scfm.train.objectives.protocol import PretrainingObjective
+from scfm.train.objectives.scbert_pretraining import AskedBins
+from scfm.train.objectives.scfoundation_pretraining import ReadDepthCells
+from scfm.train.objectives.scgpt_pretraining import HiddenExpression, UnknownExpression
 
 __all__ = [
     "Flops",

@@ -1,7 +1,7 @@
 """scFoundation's pretraining: read-depth recovery, as sums that any number of ranks can add up.
 
 One term, "hidden_genes": squared errors of the hidden genes' ln(1 + CP10k) at the cell's real depth, over their number.
-See scfoundation_objectives.py for what is hidden and what is shown. A cell costs the tokens that the encoder sees and
+See scfoundation.py for what is hidden and what is shown. A cell costs the tokens that the encoder sees and
 all positions in the decoder.
 """
 
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from scfm.data.packed import PackedCells
 from scfm.models.scfoundation.model import Scfoundation
-from scfm.train.losses import squared_errors
-from scfm.train.objective_settings import ScfoundationSettings
-from scfm.train.prepared import Prepared
-from scfm.train.scfoundation_objectives import hide_genes
+from scfm.train.objectives.losses import squared_errors
+from scfm.train.objectives.prepared import Prepared
+from scfm.train.objectives.scfoundation import hide_genes
+from scfm.train.objectives.settings import ScfoundationSettings
 
 __all__ = ["ReadDepthCells", "ScfoundationPretraining"]
 

@@ -28,13 +28,14 @@ from scfm.data.source import CellSource
 from scfm.data.source_list import SourceList
 from scfm.data.windows import Piece, Window, read_windows
 from scfm.errors import ConfigError, IntegrityError, ScfmWarning
-from scfm.train.budget_advice import better_budget
-from scfm.train.coexpression import MOST_CELLS, coexpression_vectors, counts_by_token
 from scfm.train.config import PretrainConfig
-from scfm.train.corpus_cells import open_cells, sample_cells
-from scfm.train.corpus_folder import CorpusFolder, file_stamps
-from scfm.train.corpus_lengths import LengthsOf, differences, fingerprint_of, measure_cells
-from scfm.train.corpus_vocabulary import (
+from scfm.train.corpus.budget_advice import better_budget
+from scfm.train.corpus.cells import open_cells, sample_cells
+from scfm.train.corpus.coexpression import MOST_CELLS, coexpression_vectors, counts_by_token
+from scfm.train.corpus.folder import CorpusFolder, file_stamps
+from scfm.train.corpus.lengths import LengthsOf, differences, fingerprint_of, measure_cells
+from scfm.train.corpus.microbatch_plan import MicrobatchPlan, expect_cells_fit
+from scfm.train.corpus.vocabulary import (
     Vocabulary,
     build_dictionaries,
     given_vocabulary,
@@ -43,7 +44,6 @@ from scfm.train.corpus_vocabulary import (
     tokenizer_of,
     vocabulary_text,
 )
-from scfm.train.microbatch_plan import MicrobatchPlan, expect_cells_fit
 
 __all__ = ["Corpus", "LengthsOf", "build_dictionaries", "read_corpus"]
 

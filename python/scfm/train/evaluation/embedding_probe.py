@@ -29,7 +29,7 @@ from scfm.evaluate import (
 )
 from scfm.evaluate.split import keyed_generator
 from scfm.models.base import FoundationModel
-from scfm.train.corpus_cells import cells_where, opened
+from scfm.train.corpus.cells import cells_where, opened
 
 __all__ = ["EmbeddingProbe"]
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scfm.train.launch import World
-from scfm.train.prepared import Prepared
+from scfm.train.distributed.launch import World
+from scfm.train.objectives.prepared import Prepared
 
 __all__ = ["StepLosses", "StepTotals"]
 

@@ -1,0 +1,1 @@
+"""What a run takes, by formula: FLOPs, memory, time and money."""

@@ -1,0 +1,1 @@
+"""What a run has learned: held-out cells beside baselines, and probes of the embedding beside PCA."""
