@@ -22,6 +22,7 @@ from scfm.train.config_checks import (
     released_shape,
     unknown_settings,
 )
+from scfm.train.model_shape import check_model_shape
 
 __all__ = ["PretrainConfig", "parse_overrides"]
 
@@ -39,6 +40,8 @@ _FREE_TO_CHANGE = {
 _FREE_TO_CHANGE |= {"compile", "timeout_seconds", "max_minutes", "max_bad_steps", "evaluate_every", "probe"}
 _FREE_TO_CHANGE |= {"held_out_cells", "checkpoint_every", "keep_last", "keep_every", "resume", "allow_change"}
 _FREE_TO_CHANGE |= {"tensorboard"}
+# scBERT and scFoundation compute a whole panel, up to 16,907 or 19,266 positions, for each cell.
+_TOKEN_BUDGET = {"geneformer": 8192, "scgpt": 8192, "scbert": 67_628, "scfoundation": 77_064}
 
 
 @dataclass
@@ -62,7 +65,8 @@ class PretrainConfig:
     of a random gene table, None for the family's; branch_scale: how much smaller what each layer adds begins;
     centred_start: of scGPT, whether its cell embeddings begin around zero (first_weights.py).
 
-    Steps. A microbatch holds at most token_budget tokens of whole cells; a step adds up microbatches_per_step of them,
+    Steps. A microbatch holds at most token_budget tokens of whole cells (8,192 where not given, and four panels of the
+    families that compute every gene of every cell); a step adds up microbatches_per_step of them,
     shared out evenly between the ranks. shuffle_block, shuffle_window: consecutive cells read together, and cells
     shuffled together. The run ends after num_epochs or max_steps, whichever comes first; max_minutes stops it earlier,
     at a step's end, to be resumed. The learning rate rises over the first warmup_ratio of all tokens, then falls by
@@ -107,7 +111,7 @@ class PretrainConfig:
     layer: str | None = None
     species: str = "human"
     held_out_fraction: float = 0.0
-    token_budget: int = 8192
+    token_budget: int = None  # type: ignore[assignment]  # the family's, when not given
     microbatches_per_step: int = 4
     shuffle_block: int = 64
     shuffle_window: int = 4096
@@ -148,6 +152,9 @@ class PretrainConfig:
             if getattr(self, name) is None:
                 setattr(self, name, self.model.get(name, value))
         check_shape(self)
+        check_model_shape(self)
+        budget: Any = self.token_budget
+        self.token_budget = _TOKEN_BUDGET[self.family] if budget is None else budget
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any], *, path: str | Path | None = None) -> PretrainConfig:

@@ -72,7 +72,7 @@ _NUMBERS: dict[str, tuple[float, bool, float]] = {
     "timeout_seconds": (0, False, 1e9),
 }
 SHAPE = ("num_layers", "hidden_size", "num_heads", "ffn_size", "max_tokens")
-_OPTIONAL = {*SHAPE, "dropout", "max_steps", "max_minutes", "shard_size", "evaluate_every"}
+_OPTIONAL = {*SHAPE, "token_budget", "dropout", "max_steps", "max_minutes", "shard_size", "evaluate_every"}
 _OPTIONAL |= {"checkpoint_every", "keep_every", "gene_std"}
 _CHOICES = {
     "family": tuple(_FAMILIES),

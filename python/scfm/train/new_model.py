@@ -1,23 +1,15 @@
-"""A model with fresh weights for the vocabulary of a corpus, in the shape that the settings of a run say.
-
-A new model has the heads that its objective trains and no others: a weight that nothing trains would be saved as if it
-meant something, and ranks that wait for its gradient would wait in vain.
-"""
+"""A model with fresh weights for the vocabulary of a corpus, in the shape that the settings of a run say."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 from scfm.errors import ConfigError
 from scfm.models.base import FoundationModel
-from scfm.models.geneformer.config import GeneformerConfig
 from scfm.models.geneformer.model import Geneformer
-from scfm.models.scbert.config import ScbertConfig
 from scfm.models.scbert.model import Scbert
-from scfm.models.scfoundation.config import ScfoundationConfig
 from scfm.models.scfoundation.model import Scfoundation
-from scfm.models.scgpt.config import ScgptConfig
 from scfm.models.scgpt.model import Scgpt
 from scfm.tokenize.dictionaries import GeneformerDictionaries
 from scfm.tokenize.scbert_panel import ScbertPanel
@@ -25,7 +17,7 @@ from scfm.tokenize.scfoundation_genes import ScfoundationGenes
 from scfm.tokenize.scgpt_vocab import ScgptVocab
 from scfm.train.config import PretrainConfig
 from scfm.train.first_weights import StartingCorpus, set_first_weights
-from scfm.train.objectives.settings import ScgptSettings, objective_settings
+from scfm.train.model_shape import model_shape
 
 __all__ = ["new_model"]
 
@@ -43,37 +35,21 @@ def new_model(
 
 
 def _fresh(config: PretrainConfig, vocab: Any, num_batch_labels: int) -> FoundationModel:
-    if config.family == "geneformer" and isinstance(vocab, GeneformerDictionaries):
-        return _geneformer(config, vocab)
-    if config.family == "scgpt" and isinstance(vocab, ScgptVocab):
-        return _scgpt(config, vocab, num_batch_labels)
-    if config.family == "scbert" and isinstance(vocab, ScbertPanel):
-        panel = ScbertConfig(**{**config.model_fields(), "num_genes": len(vocab)})
-        return Scbert.from_config(panel, vocab, seed=config.seed)
-    if config.family == "scfoundation" and isinstance(vocab, ScfoundationGenes):
-        genes = ScfoundationConfig(**{**config.model_fields(), "num_genes": vocab.num_genes})
-        return Scfoundation.from_config(genes, vocab, seed=config.seed)
-    raise ConfigError(
-        f"{config.family!r}; the corpus has the vocabulary of another, {type(vocab).__name__}", where="family"
-    )
+    family, its_vocabulary, size_of = _FAMILIES[config.family]
+    if not isinstance(vocab, its_vocabulary):
+        raise ConfigError(
+            f"{config.family!r}; the corpus has the vocabulary of another, {type(vocab).__name__}",
+            where="family",
+        )
+    shape = model_shape(config, size_of(vocab), num_batch_labels=num_batch_labels)
+    model: FoundationModel = family.from_config(shape, vocab, seed=config.seed)
+    return model
 
 
-def _geneformer(config: PretrainConfig, vocab: GeneformerDictionaries) -> Geneformer:
-    assert config.preset is not None
-    shape = GeneformerConfig.preset(config.preset, vocab_size=max(vocab.token.values()) + 1)
-    # Attention probabilities are not dropped in training, so the model says so.
-    shape = replace(shape, **{"attention_dropout": 0.0, **config.model_fields()})
-    return Geneformer.from_config(shape, vocab, seed=config.seed)
-
-
-def _scgpt(config: PretrainConfig, vocab: ScgptVocab, num_batch_labels: int) -> Scgpt:
-    settings = objective_settings(config.family, config.objective)
-    assert isinstance(settings, ScgptSettings)
-    heads: dict[str, Any] = {
-        "has_flags": settings.kind == "generative",
-        "mvc_style": "inner product" if settings.mvc else None,
-        "adversary": bool(settings.dab),
-        "num_batch_labels": num_batch_labels,
-    }
-    shape = ScgptConfig(**{**heads, **config.model_fields(), "vocab_size": vocab.size})
-    return Scgpt.from_config(shape, vocab, seed=config.seed)
+# model, vocabulary, and the size that the model has of it
+_FAMILIES: dict[str, tuple[Any, type, Callable[[Any], int]]] = {
+    "geneformer": (Geneformer, GeneformerDictionaries, lambda vocab: max(vocab.token.values()) + 1),
+    "scgpt": (Scgpt, ScgptVocab, lambda vocab: int(vocab.size)),
+    "scbert": (Scbert, ScbertPanel, len),
+    "scfoundation": (Scfoundation, ScfoundationGenes, lambda vocab: int(vocab.num_genes)),
+}
