@@ -135,8 +135,6 @@ def test_dtype_is_of_products_and_weights_stay_exact(folder) -> None:
 def test_other_wrong_arguments_are_named(folder, tmp_path, tiny_model) -> None:
     with pytest.raises(MissingFileError, match="nowhere"):
         scfm.load(tmp_path / "nowhere")
-    with pytest.raises(MissingFileError, match="scfm-mini"):
-        scfm.load("scfm-mini")
     with pytest.raises(InvalidArgumentError, match="variant"):
         scfm.load(folder, variant="cell")
     with pytest.raises(InvalidArgumentError, match="device"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from scfm.errors import InvalidArgumentError, MissingFileError
+from scfm.errors import InvalidArgumentError
 from scfm.models.base import FoundationModel
 from scfm.models.folder import FolderKind, inspect_folder
 from scfm.models.geneformer.checkpoint import load_geneformer
@@ -18,10 +18,9 @@ from scfm.models.nn.precision import resolve_device
 from scfm.models.scbert.checkpoint import load_scbert
 from scfm.models.scfoundation.checkpoint import load_scfoundation
 from scfm.models.scgpt.checkpoint import load_scgpt
+from scfm.models.shipped import SHIPPED, is_shipped, shipped_folder, with_own_tokenizer
 from scfm.tokenize.dictionaries import GeneformerDictionaries
 from scfm.tokenize.scgpt_vocab import ScgptVocab
-
-_SHIPPED = "scfm-mini"
 
 
 def load(
@@ -39,9 +38,10 @@ def load(
     trust_pickle: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> FoundationModel:
-    """Load a model: the authors' folder, a folder saved by scfm, or a hub id ("owner/name[/subfolder]").
+    """Load a model: the authors' folder, a folder saved by scfm, a hub id ("owner/name[/subfolder]"), or "scfm-mini".
 
-    A weights file with its config.json beside it works too, and with ``family=`` one without.
+    "scfm-mini" is the small scGPT that lies in the package, unless a file or folder here bears that name. A weights
+    file with its config.json beside it works too, and with ``family=`` one without.
 
     dictionaries: Geneformer's token, median, name and mapping dictionaries (folder or token-dictionary file),
     looked for beside the model when not given; version: "V1" or "V2" where no dictionary tells. dtype: of
@@ -56,10 +56,9 @@ def load(
     The model comes in evaluation mode; ``model.load_report`` accounts for every tensor. Raises a ScfmError
     that names the file and the key.
     """
-    if str(path) == _SHIPPED and not Path(path).exists():
-        raise MissingFileError(
-            "this version ships no pretrained model", path=_SHIPPED, hint="Give a folder or a hub id."
-        )
+    shipped = is_shipped(path)
+    if shipped:
+        path = shipped_folder()
     target = resolve_device(device)
     resolved = resolve(path, revision=revision, sha256=sha256)
     found = inspect_folder(resolved.folder, family=family)
@@ -87,6 +86,9 @@ def load(
             _refuse(found, variant=variant, genes=genes, options=options)
             model = _load_geneformer(found, dictionaries, version, trust_pickle)
     model.source = "/".join(filter(None, (resolved.repo_id, resolved.subfolder))) or str(found.folder)
+    if shipped:
+        model.source = SHIPPED
+        model = with_own_tokenizer(model) if genes is None else model
     if model.load_report is not None:
         model.load_report = replace(model.load_report, revision=resolved.revision)
     return model.to(target).set_compute_dtype(dtype)
