@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from scfm.demo.scores import OURS, RANDOM, embedding_report
-from scfm.demo.verdict import plain_verdict
+from scfm.demo.verdict import plain_verdict, zero_shot_verdict
 from scfm.evaluate import Interval, Metric, Report, Row, stratified_split
 
 LABELS = np.repeat(["a", "b", "c"], 100)
@@ -108,3 +108,34 @@ def test_scores_show_the_majority_beside_them():
     common = next(row for row in scored.rows if row.name == "commonest label")
     assert common.values["kNN accuracy"] == pytest.approx(1 / 3)
     assert common.values["kNN macro-F1"] == pytest.approx((2 / 4) / 3)
+
+
+def zero_shot(ours, pca):
+    train, test = stratified_split(LABELS, seed=0)
+    points = {"PCA-50": embedding(pca, 2)}
+    scored = embedding_report(
+        embedding(ours),
+        embedding(9.0, 1),
+        points,
+        LABELS,
+        train,
+        test,
+        seed=0,
+        name="mini",
+        fitted="to nothing",
+    )
+    assert scored.ours.name == "mini" and "to nothing" in scored.notes
+    return zero_shot_verdict(scored, num_parameters=1234)
+
+
+def test_a_model_of_other_cells_is_named_and_its_loss_said_first():
+    text = zero_shot(ours=2.0, pca=0.1)
+    assert text.startswith("mini (1,234 parameters, trained on other cells) loses to PCA here: kNN accuracy")
+    assert zero_shot(ours=0.1, pca=2.0).startswith(
+        "mini (1,234 parameters, trained on other cells) is ahead of PCA"
+    )
+
+
+def test_whether_what_it_learned_serves_follows_from_random_weights():
+    assert "What it learned there serves here" in zero_shot(ours=0.2, pca=0.1)
+    assert "does not show here" in zero_shot(ours=9.0, pca=0.1)

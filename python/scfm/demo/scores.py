@@ -116,21 +116,24 @@ def embedding_report(
     test: NDArray[np.int64],
     *,
     seed: int,
+    name: str = OURS,
+    fitted: str = "no method saw a label; genes, components and weights come from training cells only",
 ) -> Report:
     """kNN label accuracy (train cells vote on test cells) and k-means NMI and ARI of the test cells.
 
-    ours, random, baselines: (cells, dimensions) each, fitted on train cells without labels.
+    ours, random, baselines: (cells, dimensions) each, fitted without labels and without test cells. name: of ours;
+    fitted: a note on what was fitted to which cells.
     """
-    embeddings = {OURS: ours, **baselines, RANDOM: random}
+    embeddings = {name: ours, **baselines, RANDOM: random}
     knn = {
-        name: knn_label_score(points, labels, train, test, k=NUM_NEIGHBORS)
-        for name, points in embeddings.items()
+        method: knn_label_score(points, labels, train, test, k=NUM_NEIGHBORS)
+        for method, points in embeddings.items()
     }
     clusters = {
-        name: cluster_score(points[test], labels[test], seed=seed) for name, points in embeddings.items()
+        method: cluster_score(points[test], labels[test], seed=seed) for method, points in embeddings.items()
     }
-    rows = [Row(OURS, "ours", _embedding_values(knn[OURS], clusters[OURS]))]
-    rows += [Row(name, "baseline", _embedding_values(knn[name], clusters[name])) for name in baselines]
+    rows = [Row(name, "ours", _embedding_values(knn[name], clusters[name]))]
+    rows += [Row(other, "baseline", _embedding_values(knn[other], clusters[other])) for other in baselines]
     rows.append(Row(RANDOM, "control", _embedding_values(knn[RANDOM], clusters[RANDOM])))
     rows.append(_majority_row(labels[train], labels[test]))
     return Report(
@@ -142,13 +145,13 @@ def embedding_report(
         num_test=test.size,
         seed=seed,
         gains={
-            (name, KNN_ACCURACY.name): paired_bootstrap(knn[OURS].correct, knn[name].correct, seed=seed)
-            for name in (*baselines, RANDOM)
+            (other, KNN_ACCURACY.name): paired_bootstrap(knn[name].correct, knn[other].correct, seed=seed)
+            for other in (*baselines, RANDOM)
         },
         notes=(
             f"kNN: {NUM_NEIGHBORS} nearest training cells by cosine; NMI and ARI: k-means of the test cells, "
-            f"k = {clusters[OURS].num_clusters} labels",
-            "no method saw a label; genes, components and weights come from training cells only",
+            f"k = {clusters[name].num_clusters} labels",
+            fitted,
         ),
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from scfm.demo.scores import ALL_LOSS, HIDDEN_LOSS, KNN_ACCURACY, NMI, OURS, RANDOM
 from scfm.evaluate import Report, verdict
 
-__all__ = ["plain_verdict"]
+__all__ = ["plain_verdict", "zero_shot_verdict"]
 
 PCA = "PCA-50"
 STRONGEST_COUNT = "neighbour-bigram"
@@ -19,12 +19,18 @@ PURPOSE = (
     "found released models below PCA or scVI on some data sets too, so compare on yours, with these "
     "baselines beside it."
 )
+ZERO_SHOT_PURPOSE = (
+    "PCA had to be fitted to cells of this set and its coordinates are good for this set only; a pretrained model "
+    "puts cells of any data set into one space. Where that is not needed, PCA is simpler. Compare on your own data, "
+    "with these baselines beside it."
+)
 
 
 def plain_verdict(masked: Report, embedding: Report, *, num_parameters: int) -> str:
     """Paragraphs of plain text computed from both reports."""
+    subject = f"A model this small ({num_parameters:,} parameters, {embedding.num_train:,} training cells)"
     parts = [
-        _embedding_sentence(embedding, num_parameters),
+        _embedding_sentence(embedding, subject),
         _learning_sentence(masked, embedding),
         verdict(embedding, KNN_ACCURACY.name),
         verdict(embedding, NMI.name),
@@ -34,7 +40,29 @@ def plain_verdict(masked: Report, embedding: Report, *, num_parameters: int) -> 
     return "\n\n".join(parts)
 
 
-def _embedding_sentence(report: Report, num_parameters: int) -> str:
+def zero_shot_verdict(embedding: Report, *, num_parameters: int) -> str:
+    """The same of a model that was trained on other cells: a loss to PCA, which was fitted to these, is said first."""
+    subject = f"{embedding.ours.name} ({num_parameters:,} parameters, trained on other cells)"
+    over_random = embedding.gains[RANDOM, KNN_ACCURACY.name]
+    learned = (
+        f"What it learned there serves here: kNN accuracy is {over_random.estimate:.3f} above random weights."
+        if over_random.low > 0
+        else f"What it learned there does not show here: kNN accuracy is {over_random.estimate:+.3f} of that of "
+        "random weights, which is not clearly different from none."
+        if over_random.high >= 0
+        else f"What it learned there does harm here: kNN accuracy is {-over_random.estimate:.3f} below random weights."
+    )
+    parts = [
+        _embedding_sentence(embedding, subject),
+        learned,
+        verdict(embedding, KNN_ACCURACY.name),
+        verdict(embedding, NMI.name),
+        ZERO_SHOT_PURPOSE,
+    ]
+    return "\n\n".join(parts)
+
+
+def _embedding_sentence(report: Report, size: str) -> str:
     """Against PCA on each score: loses, wins, or neither."""
     pca = next(row for row in report.rows if row.name == PCA)
     gains = {m.name: m.gain(report.ours.values[m.name], pca.values[m.name]) for m in report.metrics}
@@ -43,7 +71,6 @@ def _embedding_sentence(report: Report, num_parameters: int) -> str:
     knn = report.gains[PCA, KNN_ACCURACY.name]
     ours, theirs = report.ours.values[KNN_ACCURACY.name], pca.values[KNN_ACCURACY.name]
     numbers = f"kNN accuracy {ours:.3f} against {theirs:.3f}"
-    size = f"A model this small ({num_parameters:,} parameters, {report.num_train:,} training cells)"
     noise = f"a difference that {report.num_test:,} test cells cannot tell from none"
     if knn.high < 0 or (behind and not ahead):
         sentence = f"{size} loses to PCA here: {numbers}{'' if knn.high < 0 else f', {noise}'}"
