@@ -76,6 +76,13 @@ struct Job {
   }
 };
 
+/// What a thread would allocate when it first throws, or first touches a thread_local of this library: the C
+/// library ends the process if there is no memory for it then, so it is had while the pool grows.
+void reserve_thread_memory() {
+  static thread_local volatile char touched = 0;
+  touched = static_cast<char>(std::uncaught_exceptions());
+}
+
 class ThreadPool {
  public:
   void run(Job& job) {
@@ -98,16 +105,19 @@ class ThreadPool {
   }
 
  private:
-  /// Grows the pool; where the system refuses a thread, those that run must do.
+  /// Grows the pool and waits until its threads are ready; where the system refuses a thread, those that run
+  /// must do.
   void start_threads(int wanted) {
-    while (num_started_ < wanted) {
-      try {
+    if (num_started_ >= wanted) return;
+    try {
+      while (num_started_ < wanted) {
         std::thread(&ThreadPool::serve, this, num_started_ + 1).detach();
-      } catch (const std::system_error&) {
-        return;
+        ++num_started_;
       }
-      ++num_started_;
+    } catch (const std::system_error&) {
     }
+    std::unique_lock lock(mutex_);
+    left_.wait(lock, [this] { return num_ready_ == num_started_; });
   }
 
   void serve(int worker) {
@@ -116,8 +126,11 @@ class ThreadPool {
     sigfillset(&all);
     pthread_sigmask(SIG_BLOCK, &all, nullptr);
 #endif
+    reserve_thread_memory();
     std::unique_lock lock(mutex_);
     std::uint64_t seen = 0;
+    ++num_ready_;
+    left_.notify_all();
     for (;;) {
       wake_.wait(lock, [&] { return generation_ != seen; });
       seen = generation_;
@@ -138,6 +151,7 @@ class ThreadPool {
   Job* job_ = nullptr;
   std::uint64_t generation_ = 0;
   int num_joined_ = 0;
+  int num_ready_ = 0;
   int num_started_ = 0;  // guarded by turn_
 };
 
