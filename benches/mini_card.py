@@ -1,12 +1,12 @@
 """scfm-mini's folder in the package, from the run that trained it: weights in half precision, results, model card.
 
-    python benches/mini_card.py RUN --data DATA
+    python benches/mini_card.py RUN --data DATA [--again RUN]
 
 RUN: what `scfm pretrain python/scfm/models/mini/pretrain.toml ...` wrote; DATA: the folder of the data sets. The model
-is scored as it lies in the package, rounded weights and all:
+is scored as it lies in the package, rounded weights and all (--again: a repetition, to compare bits with):
 
     held out     the contrast on cells of batches that were not trained on, beside chance and principal components, and
-                 their hidden values beside each gene's mean (train/held_out.py)
+                 their hidden values beside each gene's mean (train/evaluation/held_out.py)
     never seen   labels of whole data sets, beside PCA-50 fitted on each of them, PCA-50 of the training cells, the
                  model as it began (its genes start from co-expression, so that is no zero) and random weights
 
@@ -252,6 +252,17 @@ def run_facts(run: Path) -> dict[str, Any]:
     }
 
 
+def compared(run: Path, again: Path) -> dict[str, Any]:
+    """Whether a repetition ended with the same bits, and at which steps it was resumed."""
+    first, second = (load_file(folder / "model" / "model.safetensors") for folder in (run, again))
+    text = (again / "metrics.jsonl").read_text(encoding="utf-8")
+    events = [line for line in map(json.loads, text.splitlines()) if line.get("event") == "resumed"]
+    return {
+        "same_bits": all(torch.equal(first[name], second[name]) for name in first),
+        "resumed_at": [line["step"] for line in events],
+    }
+
+
 def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -264,10 +275,13 @@ def main() -> None:
     )
     parser.add_argument("run", type=Path)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--again", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
     package(given.run, PACKAGE / "vocab.json")
     found = results(given.run, given.data)
+    if given.again is not None:
+        found["run"]["again"] = compared(given.run, given.again)
     (PACKAGE / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     tried = json.loads((Path(__file__).parent / "results" / "mini_tried.json").read_text(encoding="utf-8"))
     (PACKAGE / "MODEL_CARD.md").write_text(card_text(found, tried), encoding="utf-8")
