@@ -193,6 +193,21 @@ def test_duplicates_repeat_unless_summed() -> None:
     assert packed.to_lists() == [[VOCAB.cls_id, 8, 7]] and packed.values[1:].tolist() == [1.0, 50.0]
 
 
+def test_counts_are_summed_before_their_logarithm() -> None:
+    matrix = [[2, 3, 0, 4], [0, 5, 1, 5], [7, 0, 0, 0]]
+    adata = cells(matrix, genes=["G7", "G8", "G9", "G7"])
+    apart = cells([[6, 3, 0], [5, 5, 1], [7, 0, 0]], genes=["G7", "G8", "G9"])
+    for style in ("log1p", "normed_raw"):
+        summed = tokenizer(duplicate_genes="sum", input_style=style, max_tokens=None)(adata)
+        plain = tokenizer(input_style=style, max_tokens=None)(apart)
+        for cell in range(3):
+            mine, other = summed.select([cell]), plain.select([cell])
+            found = dict(zip(mine.token_ids.tolist(), mine.values.tolist(), strict=True))
+            assert found == pytest.approx(
+                dict(zip(other.token_ids.tolist(), other.values.tolist(), strict=True))
+            )
+
+
 @pytest.mark.parametrize(
     ("bad", "words"), [(-1.5, "negative"), (np.nan, "not a finite"), (np.inf, "not a finite")]
 )

@@ -91,10 +91,13 @@ class ScgptOptions:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is worked out once for one part of a source. is_counts: a sample of its values was whole."""
+    """What is worked out once for one part of a source. num_single: slots below it are fed by one column each;
+    is_counts: a sample of its values was whole.
+    """
 
     column_slot: np.ndarray
     slot_token: np.ndarray
+    num_single: int
     is_counts: bool
 
 
@@ -214,7 +217,7 @@ class ScgptTokenizer(SourceTokenizer[_Plan]):
         slots = plan_slots(mapping.ids, collapse=self.options.duplicate_genes == "sum")
         tokens = (self.vocab.token[gene] for gene in slots.genes)
         slot_token = np.fromiter(tokens, dtype=np.int32, count=len(slots.genes))
-        return mapping, _Plan(slots.column_slot, slot_token, True)
+        return mapping, _Plan(slots.column_slot, slot_token, slots.num_single, True)
 
     def _tokenize_piece(self, piece: Piece, part: Part[_Plan], epoch: int) -> tuple[PackedCells, np.ndarray]:
         block, own = piece.block, part.reports[0]
@@ -293,8 +296,12 @@ class ScgptTokenizer(SourceTokenizer[_Plan]):
         known = plan.column_slot[block.indices] >= 0
         totals = _native.row_sums(block.indptr, np.where(known, block.data, block.data.dtype.type(0)))
         factors = np.divide(_TARGET_SUM, totals, out=np.zeros_like(totals), where=totals > 0)
-        values = (block.data * np.repeat(factors, np.diff(block.indptr))).astype(np.float32)
-        scaled: Array = np.log1p(values) if self.options.input_style == "log1p" else values
+        values: Array = (block.data * np.repeat(factors, np.diff(block.indptr))).astype(np.float32)
+        if self.options.input_style != "log1p":
+            return values
+        summed = np.flatnonzero(plan.column_slot[block.indices] >= plan.num_single)
+        _into_the_first(values, summed, block, plan.column_slot)
+        scaled: Array = np.log1p(values)
         return scaled
 
     def _conclude(self, source: CellSource, part: Part[_Plan]) -> None:
@@ -318,6 +325,21 @@ class ScgptTokenizer(SourceTokenizer[_Plan]):
 def bin_quantiles(num_bins: int) -> np.ndarray:
     """float64 (num_bins - 1,): the quantiles that are the edges of bins 1 to num_bins - 1."""
     return np.linspace(0.0, 1.0, num_bins - 1)
+
+
+def _into_the_first(values: Array, places: Array, block: CsrBlock, column_slot: Array) -> None:
+    """Of entries that are one token together, the first gets the sum and the others 0, for their logarithms are added.
+
+    values: of all the block's entries, changed in place; places: those whose slot is fed by several columns.
+    """
+    if not len(places):
+        return
+    row = np.searchsorted(block.indptr, places, side="right")
+    slot = column_slot[block.indices[places]]
+    _, first, token = np.unique(np.stack([row, slot], axis=1), axis=0, return_index=True, return_inverse=True)
+    sums = np.bincount(token.ravel(), weights=values[places]).astype(values.dtype)
+    values[places] = 0
+    values[places[first]] = sums
 
 
 def _packed(result: _native.ValueBinsResult) -> PackedCells:
