@@ -35,6 +35,7 @@ from scipy import sparse
 
 import scfm
 from mini_card_text import card_text
+from scfm.data.gene_tables import human_symbols
 from scfm.data.packed import PackedCells, concatenate
 from scfm.demo.cells import demo_cells
 from scfm.evaluate import (
@@ -197,6 +198,22 @@ def training_cells(config: PretrainConfig) -> PackedCells:
     return concatenate(list(whole.packs_of(np.flatnonzero(~whole.held_out))))
 
 
+def genes_table(vocab: ScgptVocab, cells: PackedCells) -> str:
+    """Of every gene its symbol, Ensembl ids (GENCODE v44) and median CP10k over the training cells that express it."""
+    assert cells.values is not None
+    tokens, values = cells.token_ids.numpy(), np.expm1(cells.values.numpy())
+    order = np.lexsort((values, tokens))
+    tokens, values = tokens[order], values[order]
+    ids = human_symbols()
+    rows = ["symbol\tensembl_id\tmedian_cp10k"]
+    for gene, token in vocab.token.items():
+        start, stop = np.searchsorted(tokens, [token, token + 1])
+        median = f"{np.median(values[start:stop]):.4f}" if stop > start else ""
+        if not gene.startswith("<"):
+            rows.append(f"{gene}\t{','.join(ids.get(gene, ()))}\t{median}")
+    return "\n".join(rows) + "\n"
+
+
 def results(run: Path, data: Path) -> dict[str, Any]:
     ours = scfm.load(str(PACKAGE), dtype="float32")
     assert isinstance(ours, Scgpt) and ours.vocab is not None
@@ -279,6 +296,9 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     package(given.run, PACKAGE / "vocab.json")
+    vocab = ScgptVocab.from_file(PACKAGE / "vocab.json")
+    genes = genes_table(vocab, training_cells(run_config(given.run, given.data)))
+    (PACKAGE / "genes.tsv").write_text(genes, encoding="utf-8")
     found = results(given.run, given.data)
     if given.again is not None:
         found["run"]["again"] = compared(given.run, given.again)

@@ -26,7 +26,7 @@ Raw counts in; genes by symbol or Ensembl id; at most {max_tokens:,} genes a cel
 
 {num_training:,} cells were trained on, {num_held_out:,} held out. Gene symbols are those of GENCODE v44: all
 protein-coding genes, and others that 20 or more cells express. Genes that the training cells do not express have the
-vectors they were drawn with.
+vectors they were drawn with. `genes.tsv` lists all: symbol, Ensembl ids, median CP10k over the training cells.
 
 ## Recipe
 

@@ -60,6 +60,7 @@ def test_the_folder_is_small_and_holds_what_a_model_needs() -> None:
         "model.safetensors",
         "config.json",
         "vocab.json",
+        "genes.tsv",
         "pretrain.toml",
         "results.json",
         "MODEL_CARD.md",
@@ -68,6 +69,16 @@ def test_the_folder_is_small_and_holds_what_a_model_needs() -> None:
     assert sum(files.values()) < MOST_BYTES
     header = json.loads((FOLDER / "config.json").read_text())
     assert header["scfm"]["family"] == "scgpt"
+
+
+def test_genes_are_listed_with_ids_and_medians(mini) -> None:
+    head, *rows = [line.split("\t") for line in (FOLDER / "genes.tsv").read_text().splitlines()]
+    assert head == ["symbol", "ensembl_id", "median_cp10k"]
+    genes = {symbol: (ids.split(",") if ids else [], median) for symbol, ids, median in rows}
+    assert set(genes) == {name for name in mini.vocab.token if not name.startswith("<")}
+    assert genes["CD3D"][0] == list(human_symbols()["CD3D"]) and float(genes["CD3D"][1]) > 0
+    medians = [float(median) for _, median in genes.values() if median]
+    assert len(medians) > 15_000 and min(medians) > 0
 
 
 def test_weights_are_half_on_disk_and_float32_in_memory(mini) -> None:
