@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import anndata as ad
-import numpy as np
 import pandas as pd
 import pytest
-import scipy.sparse as sp
 
 from scfm.models.geneformer.config import GeneformerConfig
 from scfm.models.geneformer.model import Geneformer
 from scfm.tokenize.dictionaries import GeneformerDictionaries
+from tiny_cells import GENES, counts_of
 
 
 def _folder(variable: str) -> Path | None:
@@ -52,9 +51,6 @@ def data_file() -> Callable[[str], Path]:
     return find
 
 
-GENES = [f"ENSG{i:011d}" for i in range(1, 121)]
-
-
 @pytest.fixture(scope="session")
 def tiny_vocab() -> GeneformerDictionaries:
     """V2 dictionaries of 120 genes."""
@@ -77,15 +73,6 @@ def tiny_model(tiny_vocab: GeneformerDictionaries) -> Geneformer:
         initializer_range=0.3,
     )
     return Geneformer.from_config(config, tiny_vocab, seed=1)
-
-
-def counts_of(num_cells: int = 40, num_genes: int = 120, *, seed: int = 0) -> sp.csr_matrix:
-    """Raw counts with three kinds of cells; every cell expresses something."""
-    generator = np.random.default_rng(seed)
-    kinds = generator.gamma(0.3, 4.0, size=(3, num_genes)) + 0.05
-    counts = generator.poisson(kinds[np.arange(num_cells) % 3]).astype(np.float32)
-    counts[:, 0] += 1
-    return sp.csr_matrix(counts)
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import scfm
-from conftest import GENES, counts_of
 from scfm.data.gene_tables import human_symbols
 from scfm.errors import ConfigError
 from scfm.evaluate import Report
@@ -24,6 +23,7 @@ from scfm.train.config import PretrainConfig
 from scfm.train.evaluation.held_out import HeldOutEvaluation
 from scfm.train.evaluation.held_out_tasks import held_out_task
 from scfm.train.objectives.protocol import make_objective, new_model
+from tiny_cells import GENES, counts_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::scfm.ScfmWarning")
 SYMBOLS = sorted(human_symbols())[:120]

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import scfm
-from conftest import counts_of
 from models.scbert_goldens import genes_of, load, pack
 from scfm.errors import ConfigError
 from scfm.models.scbert.model import Scbert
@@ -18,6 +17,7 @@ from scfm.train.config import PretrainConfig
 from scfm.train.objectives.protocol import make_objective, new_model
 from scfm.train.objectives.scbert import hidden_bin_loss, hide_bins
 from scfm.train.objectives.scbert_pretraining import AskedBins
+from tiny_cells import counts_of
 
 TERM = "hidden_bins"
 SYMBOLS = [f"GENE{i}" for i in range(120)]

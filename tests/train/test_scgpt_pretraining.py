@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import scfm
-from conftest import counts_of
 from models.scgpt_goldens import load
 from scfm.data.packed import PackedCells, concatenate
 from scfm.errors import ConfigError
@@ -28,6 +27,7 @@ from scfm.train.objectives.cell_views import cut, thinned, two_views, view_lengt
 from scfm.train.objectives.losses import contrastive_cell_loss
 from scfm.train.objectives.protocol import make_objective, new_model
 from scfm.train.objectives.scgpt_pretraining import HiddenExpression, UnknownExpression
+from tiny_cells import counts_of
 from train.test_scgpt_objectives import close_loss, generative_batch, generative_pack, tiny_model
 
 SYMBOLS = [f"GENE{i}" for i in range(120)]
