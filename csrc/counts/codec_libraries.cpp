@@ -127,12 +127,51 @@ class ZstdContext {
   const Zstd* owner_ = nullptr;
 };
 
+/// What one thread uses at a time and gives back. Not thread_local: the C library ends the process where it
+/// finds no memory to note a thread's destructor. Not locked: a fork may come at any moment.
+template <typename T>
+class Spares {
+ public:
+  class Loan {
+   public:
+    explicit Loan(Spares& spares) : spares_(spares), item_(spares.take()) {}
+    ~Loan() { spares_.give_back(item_); }
+    Loan(const Loan&) = delete;
+    Loan& operator=(const Loan&) = delete;
+    T& operator*() const { return *item_; }
+
+   private:
+    Spares& spares_;
+    T* item_;
+  };
+
+ private:
+  T* take() {
+    for (std::atomic<T*>& slot : slots_) {
+      if (T* found = slot.exchange(nullptr)) return found;
+    }
+    return new T;
+  }
+  void give_back(T* item) {
+    for (std::atomic<T*>& slot : slots_) {
+      T* empty = nullptr;
+      if (slot.compare_exchange_strong(empty, item)) return;
+    }
+    delete item;
+  }
+
+  std::array<std::atomic<T*>, 64> slots_{};
+};
+
+Spares<Decompressor> decompressors;
+Spares<ZstdContext> zstd_contexts;
+
 Inflated with_libdeflate(const Libdeflate& library, bool gzip, Bytes from, MutableBytes to) {
-  thread_local Decompressor decompressor;
+  const Spares<Decompressor>::Loan decompressor(decompressors);
   const auto decompress = gzip ? library.gzip_decompress : library.zlib_decompress;
   // Without a place for the actual length, libdeflate accepts only an exact fit.
   const int result =
-      decompress(decompressor.of(library), from.data(), from.size(), to.data(), to.size(), nullptr);
+      decompress((*decompressor).of(library), from.data(), from.size(), to.data(), to.size(), nullptr);
   if (result == 0) return kSound;
   return result == 1 ? kDamaged : kWrongLength;
 }
@@ -202,9 +241,9 @@ Inflated inflate_gzip(Bytes from, MutableBytes to) {
 Inflated inflate_zstd(Bytes from, MutableBytes to) {
   const Zstd* library = zstd.load();
   if (library == nullptr) return missing("zstd is not loaded");
-  thread_local ZstdContext context;
+  const Spares<ZstdContext>::Loan context(zstd_contexts);
   const std::size_t size =
-      library->decompress(context.of(*library), to.data(), to.size(), from.data(), from.size());
+      library->decompress((*context).of(*library), to.data(), to.size(), from.data(), from.size());
   if (library->is_error(size) != 0) return kDamaged;
   return size == to.size() ? kSound : kWrongLength;
 }
