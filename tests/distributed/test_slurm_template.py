@@ -117,7 +117,7 @@ def test_it_starts_torchrun_on_every_machine(job) -> None:
     lines = job.lines()
     (started,) = [line for line in lines if line.startswith("torchrun")]
     for option in (
-        "--nnodes=2:4", "--nproc-per-node=gpu", "--max-restarts=10", "--rdzv-backend=c10d", "--rdzv-id=4321",
+        "--nnodes=2:4", "--nproc-per-node=gpu", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=4321",
         "--rdzv-endpoint=localhost:24321", "--no-python scfm pretrain run.toml out=/scratch/a b",
     ):  # fmt: skip
         assert option in started

@@ -209,18 +209,17 @@ def test_row_72_and_81_what_is_refused_is_refused_on_all_ranks(ranks, settings, 
 
 
 def test_row_67_torchrun_starts_killed_ranks_again(settings, two_ranks, tmp_path) -> None:
-    """The command line under torchrun: both ranks die in their third save, and the next start finishes the run."""
+    """The command line under torchrun: both ranks die in their third save, and the one start after finishes the run."""
     config = tmp_path / "config.toml"
     lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
     config.write_text("\n".join(lines) + "\n")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, "--max-restarts=10", "--monitor-interval=0.2", "--no-python"]
+    command = [*torchrun, "--max-restarts=1", "--monitor-interval=0.2", "--no-python"]
     command += [str(Path(sys.executable).with_name("scfm")), "pretrain"]
     environment = {**os.environ, "SCFM_CRASH_AT": "shard_written:3", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        # Ranks that lose each other while they meet should not wait long for the next start.
-        [*command, str(config), f"out={tmp_path / 'run'}", "timeout_seconds=10", "--json"],
-        env=environment, capture_output=True, text=True, timeout=300,
+        [*command, str(config), f"out={tmp_path / 'run'}", "--json"],
+        env=environment, capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["steps"] == NUM_STEPS

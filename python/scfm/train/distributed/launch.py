@@ -29,9 +29,11 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from scfm.errors import ConfigError, ResourceError, ScfmError
 from scfm.models.nn.precision import resolve_device
+from scfm.train.distributed.meeting import store_of_this_start
 
 __all__ = ["World", "joined"]
 
@@ -202,12 +204,14 @@ def _expect_address() -> None:
 
 def _find_each_other(world: World) -> None:
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=world.timeout_seconds)
     try:
         dist.init_process_group(
             backend,
+            store=_torchrun_store(world, timeout),
             rank=world.rank,
             world_size=world.size,
-            timeout=timedelta(seconds=world.timeout_seconds),
+            timeout=timeout,
             device_id=world.device if world.device.type == "cuda" else None,
         )
     except (RuntimeError, OSError) as error:
@@ -224,6 +228,15 @@ def _find_each_other(world: World) -> None:
             where="MASTER_ADDR",
             hint="Rank 0 must run there and the port must be open to all machines.",
         ) from error
+
+
+def _torchrun_store(world: World, timeout: timedelta) -> Store | None:
+    """This start's place in the store that torchrun keeps; None where rank 0 is to make a store."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, world.size, is_master=False, timeout=timeout)
+    return store_of_this_start(store, world.rank, world.size, timeout)
 
 
 def _with_patience(world: World) -> World:
