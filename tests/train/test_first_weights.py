@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_held_out import SETTINGS, cells_of, tokenizer_of
 
 from scfm.errors import ConfigError
 from scfm.train.config import PretrainConfig
+from scfm.train.corpus.cells import with_lowest_words
 from scfm.train.objectives.protocol import new_model
-from train.test_held_out import SETTINGS, cells_of, tokenizer_of
 
 RUNS = [name for name in SETTINGS if name != "scgpt-masked"]
 
@@ -96,3 +97,15 @@ def test_what_a_family_does_not_have_is_named() -> None:
         model_of("scgpt", centred_start=True, model={"pre_norm": True})
     with pytest.raises(ConfigError, match="gene_std"):
         PretrainConfig(gene_std=0.0)
+
+
+@pytest.mark.parametrize("most", [1, 7, 64, 1000])
+def test_the_lowest_words_do_not_depend_on_how_cells_are_cut(most: int) -> None:
+    words = np.random.default_rng(0).integers(0, 2**32, 500, dtype=np.uint32)
+    cells = np.arange(500)
+    expected = np.sort(np.argsort(words, kind="stable")[:most])
+    for size in (1, 13, 500):
+        cuts = [slice(start, start + size) for start in range(0, 500, size)]
+        found = with_lowest_words(((cells[cut], words[cut]) for cut in cuts), most)
+        np.testing.assert_array_equal(found, expected)
+    assert len(with_lowest_words([], most)) == 0

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from scfm.errors import FormatError, MissingDependencyError, NotCountsError
+from scfm.evaluate import expression_baselines
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["MAX_DEVIATION", "celltypist_cells", "demo_cells", "recover_counts"]
+__all__ = ["MAX_DEVIATION", "celltypist_cells", "demo_baselines", "demo_cells", "recover_counts"]
 
 MAX_DEVIATION = 0.25
 PBMC_FILE = "10x_pbmc68k_reduced.h5ad"
@@ -45,6 +46,18 @@ def demo_cells() -> AnnData:
         obs=obs,
         var=source.raw.var.copy(),
         uns={"demo": {"source": f"scanpy: {PBMC_FILE}", "largest_deviation_from_integer": deviation}},
+    )
+
+
+def demo_baselines(cells: AnnData, train: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
+    """Embeddings of ``demo_cells`` by PCA and by raw highly variable genes, fitted on the train cells alone."""
+    return expression_baselines(
+        cells.X.indptr,
+        cells.X.indices,
+        cells.X.data,
+        cells.n_vars,
+        train,
+        library_size=cells.obs["n_counts"].to_numpy(),
     )
 
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scfm.demo.cells import demo_cells
+from scfm.demo.cells import demo_baselines, demo_cells
 from scfm.demo.clock import Clock
 from scfm.demo.folder import FORMAT, REPORT
 from scfm.demo.pictures import draw_cells
 from scfm.demo.scores import embedding_report, masked_gene_report
 from scfm.demo.verdict import plain_verdict
-from scfm.evaluate import Report, expression_baselines, stratified_split
+from scfm.evaluate import Report, stratified_split
 from scfm.plot import learning_curve
 
 if TYPE_CHECKING:
@@ -66,14 +66,7 @@ def produce(
         untrained = Geneformer.from_config(model.config, model.vocab, seed=seed)
     with clock.stage("embedding"):
         ours, random = (_embed(each, cells) for each in (model, untrained))
-        baselines = expression_baselines(
-            cells.X.indptr,
-            cells.X.indices,
-            cells.X.data,
-            cells.n_vars,
-            train,
-            library_size=cells.obs["n_counts"].to_numpy(),
-        )
+        baselines = demo_baselines(cells, train)
     with clock.stage("scoring"):
         test_cells = model.tokenize(cells[test].copy())
         masked = masked_gene_report(

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from scfm.demo.cells import demo_cells
+from scfm.demo.cells import demo_baselines, demo_cells
 from scfm.demo.clock import Clock
 from scfm.demo.folder import FORMAT, REPORT
 from scfm.demo.pictures import draw_cells
 from scfm.demo.scores import embedding_report
 from scfm.demo.verdict import zero_shot_verdict
-from scfm.evaluate import Report, expression_baselines, stratified_split
+from scfm.evaluate import Report, stratified_split
 from scfm.models.shipped import SHIPPED
 
 __all__ = ["BASIS", "PRODUCTS", "produce"]
@@ -54,14 +54,7 @@ def produce(work: Path, seed: int, quick: bool, clock: Clock) -> tuple[Report, s
         untrained = with_own_tokenizer(Scgpt.from_config(model.config, model.vocab, seed=seed))
         untrained.set_compute_dtype(model.compute_dtype)
         ours, random = model.embed(cells), untrained.embed(cells)
-        baselines = expression_baselines(
-            cells.X.indptr,
-            cells.X.indices,
-            cells.X.data,
-            cells.n_vars,
-            train,
-            library_size=cells.obs["n_counts"].to_numpy(),
-        )
+        baselines = demo_baselines(cells, train)
     with clock.stage("scoring"):
         report = embedding_report(
             ours, random, baselines, labels, train, test, seed=seed, name=SHIPPED, fitted=FITTED

@@ -27,11 +27,13 @@ from scfm.models.scbert.model import Scbert
 from scfm.models.scfoundation.model import Scfoundation
 from scfm.models.scgpt.model import Scgpt
 from scfm.train.config import PretrainConfig
+from scfm.train.corpus.cells import with_lowest_words
 
 __all__ = ["StartingCorpus", "set_first_weights"]
 
 _OTHER_COLUMNS = 0.1
 _CENTRING_CELLS = 256
+_CELLS_AT_ONCE = 1 << 20
 _PURPOSE_CENTRE = 0x63656E74  # "cent"
 
 
@@ -119,6 +121,10 @@ def _centre(model: FoundationModel, packed: PackedCells) -> None:
 
 def _training_cells(corpus: StartingCorpus, seed: int) -> NDArray[np.int64]:
     """Some that are trained on, the same on every rank."""
-    cells = np.flatnonzero(~corpus.held_out)
-    words = words_at((cells, cells >> 32, 0, 0), seed ^ _PURPOSE_CENTRE)
-    return np.sort(cells[np.argsort(words, kind="stable")[:_CENTRING_CELLS]])
+
+    def stretches() -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint32]]]:
+        for start in range(0, len(corpus.held_out), _CELLS_AT_ONCE):
+            cells = start + np.flatnonzero(~corpus.held_out[start : start + _CELLS_AT_ONCE])
+            yield cells, words_at((cells, cells >> 32, 0, 0), seed ^ _PURPOSE_CENTRE)
+
+    return with_lowest_words(stretches(), _CENTRING_CELLS)

@@ -6,7 +6,7 @@ held out where a table says so, or by a uniform number that depends on (seed, ce
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from scfm.data.source import CellSource
 from scfm.data.source_list import SourceList
 from scfm.errors import ConfigError
 
-__all__ = ["cells_where", "held_out_cells", "open_cells", "opened", "sample_cells"]
+__all__ = ["cells_where", "held_out_cells", "open_cells", "opened", "sample_cells", "with_lowest_words"]
 
 _PURPOSE_HELD_OUT = 1
 _WORDS_A_CELL = 4  # of a Philox counter
@@ -110,14 +110,27 @@ def held_out_cells(num_cells: int, fraction: float, seed: int) -> NDArray[np.boo
 
 def sample_cells(eligible: NDArray[np.bool_], most_cells: int, seed: int) -> NDArray[np.int64]:
     """Ascending, at most so many of the eligible cells; a cell's chance depends on (seed, cell) only."""
-    cells = np.flatnonzero(eligible)
-    if len(cells) <= most_cells:
-        return cells
     # Another word than the one that decides which cells are held out.
-    draws = np.concatenate(
-        [words[eligible[span], 1] for span, words in _words(len(eligible), seed, _PURPOSE_HELD_OUT)]
+    return with_lowest_words(
+        (
+            (span.start + np.flatnonzero(eligible[span]), words[eligible[span], 1])
+            for span, words in _words(len(eligible), seed, _PURPOSE_HELD_OUT)
+        ),
+        most_cells,
     )
-    return np.sort(cells[np.argpartition(draws, most_cells - 1)[:most_cells]])
+
+
+def with_lowest_words(
+    stretches: Iterable[tuple[NDArray[np.int64], NDArray[np.unsignedinteger]]], most_cells: int
+) -> NDArray[np.int64]:
+    """Ascending, the cells that drew the lowest words; no more than a stretch of others is held at once."""
+    chosen, lowest = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.uint64)
+    for cells, words in stretches:
+        chosen, lowest = np.concatenate([chosen, cells]), np.concatenate([lowest, words])
+        if len(chosen) > most_cells:
+            kept = np.argpartition(lowest, most_cells - 1)[:most_cells]
+            chosen, lowest = chosen[kept], lowest[kept]
+    return np.sort(chosen)
 
 
 def _words(num_cells: int, seed: int, purpose: int) -> Iterator[tuple[slice, NDArray[np.uint64]]]:
